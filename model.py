@@ -1,0 +1,391 @@
+"""Qwen2.5 from scratch: forward pass, log-probabilities, loading and saving in the hub's format.
+
+What it does    `Qwen2.forward` takes the tokens of many sequences end to end on one flat axis, with
+                no padding anywhere. Only the function `attend` it is handed knows which token may
+                see which, so one forward serves prefill, training and cached decoding.
+What it leaves  the attention patterns to rollout.py, the loss to objectives.py.
+Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
+Where to fork   another architecture: `Layer` holds all that is particular to Qwen2.5; `ARCHITECTURE`
+                names what `from_pretrained` accepts.
+
+Axis letters: N flat tokens, M completion tokens among them, C model width, H query heads,
+K key/value heads, D head width, V vocabulary.
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ARCHITECTURE = "qwen2"  # `model_type` in config.json
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+HEAD_BYTES = 2**29  # chosen: fp32 logits held at once by the chunked head, 883 tokens of Qwen2.5
+
+
+class Linear(nn.Linear):
+    """A linear layer whose master weights are cast to the dtype of what flows through it."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, the division in fp32."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: bias on q, k and v, rotary positions, none of the masking."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+        width, self.head_width = c["hidden_size"], c["head_dim"]
+        self.q_proj = Linear(width, self.n_heads * self.head_width)
+        self.k_proj = Linear(width, self.n_kv_heads * self.head_width)
+        self.v_proj = Linear(width, self.n_kv_heads * self.head_width)
+        self.o_proj = Linear(self.n_heads * self.head_width, width, bias=False)
+
+    def forward(self, x, rotary, attend, layer):
+        q = rotate(self.q_proj(x).view(-1, self.n_heads, self.head_width), rotary)     # (N, H, D)
+        k = rotate(self.k_proj(x).view(-1, self.n_kv_heads, self.head_width), rotary)  # (N, K, D)
+        v = self.v_proj(x).view(-1, self.n_kv_heads, self.head_width)                  # (N, K, D)
+        return self.o_proj(attend(layer, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c["hidden_size"], c["intermediate_size"], bias=False)
+        self.up_proj = Linear(c["hidden_size"], c["intermediate_size"], bias=False)
+        self.down_proj = Linear(c["intermediate_size"], c["hidden_size"], bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.mlp = MLP(c)
+
+    def forward(self, x, rotary, attend, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rotary_table(positions_N, head_width, theta, dtype):
+    """cos and sin of position · theta^(−2i/D), each (N, 1, D): angles in fp32, then `dtype`."""
+    i = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32)
+    angle = positions_N[:, None].float() * theta ** (-i / head_width)  # (N, D/2)
+    angle = torch.cat([angle, angle], -1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rotary):
+    """Rotate each pair (x_i, x_{i+D/2}) of a head by its position's angle (RoPE, 2104.09864)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Qwen2(nn.Module):
+    """Qwen2.5 (arXiv:2412.15115). Parameter names are the hub's, so a file loads as it is.
+
+    config         dict, the fields of a hub `config.json`
+    compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
+    n_tokens       ids below this are real tokens; the padding rows of the head beyond it are
+                   never given probability
+    stop_ids       sorted list of every id that ends a completion
+    tokenizer      the transformers tokenizer of the folder, or None
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = checked_config(config)
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c["vocab_size"], c["hidden_size"]),
+            "layers": nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"])),
+            "norm": RMSNorm(c["hidden_size"], c["rms_norm_eps"])})
+        if not c["tie_word_embeddings"]:
+            self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
+        self.compute_dtype = torch.float32
+        self.n_tokens = c["vocab_size"]
+        self.stop_ids, self.generation_config = [], {}
+        self.tokenizer, self.tokenizer_files = None, {}
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=c.get("initializer_range", 0.02))
+
+    @property
+    def device(self):
+        return self.model["embed_tokens"].weight.device
+
+    @property
+    def context(self):
+        """The longest sequence, prompt and completion together, in tokens."""
+        return self.config["max_position_embeddings"]
+
+    def forward(self, ids_N, positions_N, attend):
+        """Hidden states after the last norm.
+
+        ids_N, positions_N: (N,) int64, tokens of all sequences end to end and where each stands
+            in its own sequence.
+        attend(layer, q_NHD, k_NKD, v_NKD) -> (N, H, D): attention among these tokens.
+        Returns (N, C) in `compute_dtype`.
+        """
+        c = self.config
+        x = F.embedding(ids_N, self.model["embed_tokens"].weight).to(self.compute_dtype)
+        rotary = rotary_table(positions_N, c["head_dim"], c["rope_theta"], self.compute_dtype)
+        for layer, block in enumerate(self.model["layers"]):
+            x = block(x, rotary, attend, layer)
+        return self.model["norm"](x)
+
+    def logits(self, hidden_NC):
+        """(N, V) in the dtype of `hidden_NC`."""
+        head = self.model["embed_tokens"] if self.config["tie_word_embeddings"] else self.lm_head
+        return F.linear(hidden_NC, head.weight.to(hidden_NC.dtype))
+
+    def log_probs(self, hidden_NC, temperature=1.0):
+        """log softmax(logits / temperature) over the real tokens: (N, n_tokens) fp32, nats.
+
+        The one definition of probability: the sampler, the old, new and reference policy and the
+        entropy all come from here.
+        """
+        logits = self.logits(hidden_NC)[:, :self.n_tokens].float()
+        return F.log_softmax(logits.div_(temperature), -1)
+
+    def completion_log_probs(self, batch, temperature=1.0, loss=None, entropy=False):
+        """Log-probabilities of a batch's completion tokens; with `loss`, also its gradient.
+
+        The head is computed at the positions that predict completion tokens only, a few whole
+        completions at a time. With `loss(logp_chunk, chunk: slice) -> scalar` each chunk runs
+        backward at once into a detached copy of its hidden states, and one backward through the
+        body follows: equal to autograd, while no (M, V) tensor is ever whole.
+
+        batch: rollout.FlatBatch. Returns logp_M and entropy_M (or None), fp32, nats, no grad.
+        """
+        training = loss is not None
+        with torch.set_grad_enabled(training):
+            hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
+            hidden_MC = hidden_NC.index_select(0, batch.predictor_M)
+            chunks = batch.chunks(max_tokens=HEAD_BYTES // (4 * self.n_tokens))
+            leaves, logps, entropies = [], [], []
+            for chunk in chunks:
+                leaves.append(hidden_MC[chunk].detach().requires_grad_(training))
+                logp_MV = self.log_probs(leaves[-1], temperature)
+                logp = logp_MV.gather(1, batch.target_M[chunk, None]).squeeze(1)
+                if entropy:
+                    logp_MV = logp_MV.detach()
+                    entropies.append(-(logp_MV.exp() * logp_MV).sum(1))
+                del logp_MV
+                if training:
+                    loss(logp, chunk).backward()
+                logps.append(logp.detach())
+            if training:
+                hidden_MC.backward(torch.cat([leaf.grad for leaf in leaves]))
+        return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+    def for_sampling(self):
+        """The same model without gradients and with its weights cast once to `compute_dtype`.
+
+        Weights already in that dtype are shared, not copied. Drop it after the rollout.
+        """
+        with torch.device("meta"):
+            twin = Qwen2(self.config)
+        weights = {k: v.detach().to(self.compute_dtype) for k, v in self.state_dict().items()}
+        twin.load_state_dict(weights, assign=True)
+        for name in ("compute_dtype", "n_tokens", "stop_ids", "tokenizer"):
+            setattr(twin, name, getattr(self, name))
+        return twin.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, device="cpu", dtype=torch.float32):
+        """Load a folder in the hub's format, or a model of the hub by its name.
+
+        Weights become fp32 masters on `device`; activations will be in `dtype`.
+        Raises FileNotFoundError (no such folder, model or file), ConnectionError (hub out of
+        reach) and ValueError (another architecture, wrong or missing tensors).
+        """
+        folder = model_folder(name_or_path)
+        config = checked_config(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, folder, device)
+        model.compute_dtype = dtype
+        if (folder / "generation_config.json").exists():
+            model.generation_config = read_json(folder / "generation_config.json")
+        model.tokenizer_files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES
+                                 if (folder / n).exists()}
+        if model.tokenizer_files:
+            from transformers import AutoTokenizer
+            model.tokenizer = AutoTokenizer.from_pretrained(folder)
+            model.n_tokens = min(len(model.tokenizer), config["vocab_size"])
+        model.stop_ids = find_stop_ids(model.tokenizer, config, model.generation_config)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write a folder that transformers and vLLM load: fp32 weights, config, tokenizer."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
+        config = {**self.config, "dtype": "float32", "torch_dtype": "float32",
+                  "architectures": ["Qwen2ForCausalLM"]}
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json",
+                   {**self.generation_config, "eos_token_id": self.stop_ids})
+        for name, content in self.tokenizer_files.items():
+            (folder / name).write_bytes(content)
+
+
+# ------------------------------------------------------------------ files and their errors
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path}: expected a JSON file, found: {e}") from e
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def model_folder(name_or_path):
+    """The folder itself, or a local copy of the hub's model of that name."""
+    folder = Path(name_or_path)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no config.json in this folder; expected a model folder "
+                                "in the hub's format (config.json, *.safetensors, tokenizer files)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    name = os.fspath(name_or_path)
+    try:
+        wanted = ["config.json", "generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HFValidationError, RepositoryNotFoundError) as e:
+        raise FileNotFoundError(f"{name}: neither a model folder here nor a model on the hub; give "
+                                "a folder with config.json, or a name such as Qwen/Qwen2.5-0.5B"
+                                ) from e
+    except Exception as e:  # every transport fails in its own way; all mean the same to the user
+        raise ConnectionError(
+            f"{name}: no such folder here, and the model hub could not be reached "
+            f"({type(e).__name__}); give a local model folder, or allow access to the hub") from e
+
+
+def checked_config(config):
+    """Fill in the defaults of a Qwen2 config.json; refuse, by name, what is not computed here."""
+    found = config.get("model_type")
+    if found != ARCHITECTURE:
+        raise ValueError(f"model_type is {found!r}; expected {ARCHITECTURE!r}: this file holds the "
+                         "Qwen2 and Qwen2.5 architecture only")
+    needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "vocab_size", "max_position_embeddings"]
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refused = {"rope_type": (rope_type, "default"),
+               "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+               "use_sliding_window": (config.get("use_sliding_window", False), False)}
+    for key, (value, expected) in refused.items():
+        if value != expected:
+            raise ValueError(f"config.json: {key} is {value!r}; only {expected!r} is computed here")
+    c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6,
+         "tie_word_embeddings": False,
+         "rope_theta": rope.get("rope_theta", 10000.0), **config}
+    c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    return c
+
+
+def load_weights(model, folder, device):
+    """Fill `model` with the fp32 weights of every safetensors file of the folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    weights = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: weights are missing; expected safetensors")
+        for name, tensor in load_file(folder / file).items():
+            weights[name] = tensor.to(device, torch.float32)
+    if model.config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight", None)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json, first "
+                         f"{wrong[0]}: expected {expected.get(wrong[0])}, "
+                         f"found {found.get(wrong[0])}")
+    model.load_state_dict(weights, assign=True)
+
+
+def find_stop_ids(tokenizer, config, generation_config):
+    """Every id that ends a completion: eos ids of all three files and the chat's end of turn."""
+    ids = set()
+    for source in (config, generation_config):
+        eos = source.get("eos_token_id")
+        ids |= set(eos) if isinstance(eos, list) else {eos}
+    if tokenizer is not None:
+        ids.add(tokenizer.eos_token_id)
+        if tokenizer.chat_template:  # the special token that follows what the assistant says
+            turns = [{"role": "user", "content": "question"},
+                     {"role": "assistant", "content": "answer"}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            after = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+            ids |= set(after[:1]) & set(tokenizer.added_tokens_decoder)
+    return sorted(ids - {None})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Parameter table, and parity with transformers.")
+    parser.add_argument("model", nargs="?", default="tiny/model", help="hub name or folder")
+    name = parser.parse_args().model
+    qwen = Qwen2.from_pretrained(name)
+    for key, p in qwen.named_parameters():
+        if ".layers." not in key or ".layers.0." in key:
+            print(f"{key:50} {str(tuple(p.shape)):>18} {p.numel():>13,}")
+    print(f"{qwen.config['num_hidden_layers']} layers, "
+          f"{sum(p.numel() for p in qwen.parameters()):,} parameters, stop ids {qwen.stop_ids}")
+
+    from transformers import AutoModelForCausalLM
+
+    from rollout import SharedPromptAttention
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32)
+    ids = torch.arange(32) * 997 % qwen.n_tokens
+    with torch.no_grad():
+        ours = qwen.logits(qwen(ids, torch.arange(32), SharedPromptAttention([32], [[]])))
+        difference = (ours - theirs(ids[None]).logits[0]).abs().max().item()
+    print(f"logits of 32 tokens: maximum difference from transformers {difference:.2e}")
