@@ -1,0 +1,44 @@
+"""The fixture `hub`: a local server in the place of the model hub, for tests that load by name."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of the caller's: where it caches, its tokens, its offline switches. None of it may reach a test.
+CALLERS = re.compile(r"(HF|HUGGING_?FACE_HUB|TRANSFORMERS)_"
+                     r"(.*CACHE|.*TOKEN.*|.*OFFLINE|ENDPOINT|HOME)")
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Environment for subprocesses whose hub is a local server with models of two layers.
+
+    The libraries read it when they are imported, so it works in a new process only. The server is
+    $PSPO_HUB/serve.py (or the file $PSPO_HUB), else ../shared/hub/serve.py; without it the tests
+    that need it are skipped.
+    """
+    place = Path(os.environ.get("PSPO_HUB") or ROOT.parent / "shared" / "hub")
+    script = place / "serve.py" if place.is_dir() else place
+    if not script.is_file():
+        pytest.skip(f"no hub server: {script} is not a file; set PSPO_HUB to the folder of one")
+    folder = tmp_path_factory.mktemp("hub")
+    with open(folder / "stderr.txt", "w") as stderr:
+        server = subprocess.Popen([sys.executable, str(script), "--port", "0", "--layers", "2"],
+                                  stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        ready = server.stdout.readline()  # export HF_ENDPOINT=http://127.0.0.1:<port> …
+        address = re.search(r"HF_ENDPOINT=(http://\S+)", ready)
+        assert address, f"{script} said {ready!r}; {(folder / 'stderr.txt').read_text()}"
+        env = {k: v for k, v in os.environ.items() if not CALLERS.fullmatch(k)}
+        env.update(HF_ENDPOINT=address[1], HF_HOME=str(folder / "home"), HF_HUB_DISABLE_XET="1",
+                   HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(ROOT))
+        for name in ("NO_PROXY", "no_proxy"):
+            env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1"]))
+        yield env
+    finally:
+        server.terminate()
+        server.wait()

@@ -1,0 +1,717 @@
+"""GR-PSPO: sample → score → advantages → update → log, on one device.
+
+What it does    reinforcement learning of a Qwen2.5 model on word problems with the smoothed,
+                clipped or plain importance ratio, from the first prompt to the best checkpoint.
+What it leaves  the objective to objectives.py, sampling to rollout.py, the network to model.py,
+                the task to rewards.py, accuracy to evaluate.py.
+Run it alone    python train.py --alpha 0.1            (laptop: the embedded default; GPU: Qwen2.5)
+Where to fork   `train` is the loop; `update` is all that happens to one rollout. A new objective is
+                a function in objectives.py, a new setting one line in `make_parser`.
+
+Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives.py has two more:
+  1. The reward is correctness, plus 0.05 for a clean format; `--reward paper` is the authors'.
+  2. top-p truncates the distribution that is sampled from, while ratio and log-probabilities use
+     the full softmax, as the released recipe's trainer does too.
+  3. With β = 0 a group whose rewards are all equal is not scored or trained on, since its gradient
+     is zero; its tokens stay in the divisor. A minibatch of only such groups makes no optimizer
+     step, while the schedule advances. (AdamW would still move by its momentum.)
+  4. Old log-probabilities are computed by the trainer, not taken from the sampler.
+  5. The weights are fp32 masters; bf16 is a dtype of computation only.
+  6. Prompts use our own system instruction.
+
+Axis letters: P prompts, G completions per prompt, B = P·G, M completion tokens of a micro-batch.
+"""
+import argparse
+import inspect
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from evaluate import grade, summarise
+from model import Qwen2, write_json
+from objectives import (MAX_LOG_RATIO, OBJECTIVES, REDUCTIONS, group_advantages, kl_k3, policy_loss,
+                        ratio_diagnostics, reduction_weights)
+from rewards import build_prompt, has_format, is_correct, load_problems, reward
+from rollout import FlatBatch, check_sampling, flat_batch, generate
+
+HERE = Path(__file__).resolve().parent
+VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
+SAMPLE_GROUPS = 1  # chosen: groups per step written to samples.jsonl
+
+# The published recipe for both sizes of Qwen2.5; the authors' other arms are in the README.
+PAPER = dict(
+    data="gsm8k", prompts_per_step=16, group_size=4, epochs=2, minibatches=1, temperature=0.8,
+    top_p=0.9, max_new_tokens=128, steps=1311,  # three passes over 7,000 problems
+    learning_rate=5e-7, warmup_steps=140, validation_problems=473, validation_samples=4,
+    validate_every=50, checkpoint_every=50, test_problems=0)
+PRESETS = {
+    "tiny": dict(
+        data="tiny", prompts_per_step=8, group_size=8, epochs=2, minibatches=4, temperature=1.0,
+        top_p=1.0, max_new_tokens=40, steps=60, learning_rate=2e-5, warmup_steps=0,
+        validation_problems=100, validation_samples=2, validate_every=5, checkpoint_every=20,
+        test_problems=200),
+    "Qwen/Qwen2.5-0.5B": PAPER,
+    "Qwen/Qwen2.5-1.5B": PAPER}
+
+
+# ------------------------------------------------------------------ settings
+
+def make_parser():
+    """Every flag on one line. A preset replaces the defaults of the flags it names."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage="python train.py [flags]   (all flags: python train.py --help)",
+        description="Train a Qwen2.5 model with GR-PSPO, clipped or plain GRPO.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny", help="hub name or folder")
+    add("--data", default="gsm8k", help="gsm8k svamp asdiv math500 tiny, or a .jsonl file")
+    add("--objective", choices=list(OBJECTIVES), default="pspo", help="the surrogate")
+    for name, function in OBJECTIVES.items():
+        for setting, default in objective_settings(name).items():
+            add("--" + setting.replace("_", "-"), type=float, default=default,
+                help=f"of --objective {name}")
+    add("--reduction", choices=REDUCTIONS, default="token", help="what the loss averages over")
+    add("--advantage-scale", choices=["std", "none"], default="std", help="divide by group's std")
+    add("--beta", type=float, default=0.0, help="weight of KL(π‖start model), ≥ 0; 0 leaves it out")
+    add("--reward", choices=["correct", "paper", "noise"], default="correct", help="reward mode")
+    add("--prompts-per-step", type=int, default=16, help="P, prompts per rollout")
+    add("--group-size", type=int, default=4, help="G, completions per prompt, ≥ 2")
+    add("--epochs", type=int, default=2, help="passes over one rollout")
+    add("--minibatches", type=int, default=1, help="optimizer steps per epoch; divides P")
+    add("--temperature", type=float, default=0.8, help="of sampling and of every log-prob, > 0")
+    add("--top-p", type=float, default=0.9, help="nucleus mass, in (0, 1]")
+    add("--max-new-tokens", type=int, default=128, help="tokens per completion, at most")
+    add("--steps", type=int, default=1311, help="rollouts with their updates")
+    add("--stop-after", type=int, default=None, help="end after this step, schedule unchanged")
+    add("--learning-rate", type=float, default=5e-7, help="peak, of AdamW")
+    add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit")
+    add("--validation-problems", type=int, default=473, help="held out of training if no own split")
+    add("--validation-samples", type=int, default=4, help="answers per validation problem")
+    add("--validate-every", type=int, default=50, help="steps; best/ is chosen by its reward")
+    add("--checkpoint-every", type=int, default=50, help="steps; the last step always saves")
+    add("--keep", type=int, default=2, help="newest checkpoints to keep")
+    add("--test-problems", type=int, default=0, help="greedy test of base and best at the end")
+    add("--seed", type=int, default=0, help="of problem order and sampling")
+    add("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
+    add("--dtype", choices=["fp32", "tf32", "bf16"], default="bf16" if on_gpu else "fp32",
+        help="of the computation; weights and gradients stay fp32")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
+    add("--rollout-rows", type=int, default=256, help="completions in flight at once")
+    add("--name", default=None, help="folder under runs/ (<model>-<objective>-s<seed>)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of the folder")
+    add("--wandb", default=None, metavar="PROJECT", help="also log there; needs wandb installed")
+    return parser
+
+
+def objective_settings(name):
+    """The settings of an objective and their defaults, as they stand in its signature."""
+    parameters = list(inspect.signature(OBJECTIVES[name]).parameters.values())[2:]
+    return {p.name: p.default for p in parameters}
+
+
+def read_settings(argv):
+    """(settings, run folder): defaults, then the preset or the resumed run's, then given flags."""
+    parser = make_parser()
+    missing = object()
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, missing))))
+    given = {key: value for key, value in given.items() if value is not missing}
+
+    model = given.get("model", defaults["model"])
+    preset = PRESETS.get("tiny" if model == "tiny/model" else model, PRESETS["Qwen/Qwen2.5-0.5B"])
+    s = argparse.Namespace(**{**defaults, **preset, **given})
+    s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
+    folder = Path("runs") / s.name
+    if s.resume:
+        saved = folder / "config.json"
+        if not saved.exists():
+            parser.error(f"--resume: no run in {folder} (there is no {saved})")
+        settings = json.loads(saved.read_text(encoding="utf-8"))["settings"]
+        per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
+        for key, value in given.items():
+            if key not in per_call and settings[key] != value:
+                flag = "--" + key.replace("_", "-")
+                parser.error(f"--resume: {flag} was {settings[key]} in {folder}, now {value}; "
+                             "leave it out, or start a new run with another --name")
+        s = argparse.Namespace(**{**settings, **per_call})
+    elif folder.exists():
+        parser.error(f"{folder} exists; continue it with --resume or choose another --name")
+    check_settings(parser, s, given)
+    return s, folder
+
+
+def check_settings(parser, s, given):
+    """Refuse, in one line, settings that contradict each other or mean nothing."""
+    for name in OBJECTIVES:
+        for setting in objective_settings(name):
+            if name != s.objective and setting in given:
+                flag = "--" + setting.replace("_", "-")
+                parser.error(f"{flag} is a setting of --objective {name}; this run has "
+                             f"--objective {s.objective}, which does not use it")
+    try:
+        chosen_objective(s)(torch.ones(1), torch.ones(1))
+    except ValueError as e:
+        parser.error(str(e))
+    check_sampling(parser, s)
+    if s.temperature == 0:
+        parser.error("--temperature is 0; training needs samples that differ, a value above 0")
+    if s.group_size < 2:
+        parser.error(f"--group-size is {s.group_size}; expected 2 or more: the advantage of a "
+                     "completion is its reward against the others of its group")
+    for key in ("prompts_per_step", "epochs", "minibatches", "steps", "threads", "validate_every",
+                "validation_problems", "validation_samples", "checkpoint_every", "keep",
+                "tokens_per_microbatch"):
+        if getattr(s, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 1 or more")
+    if s.prompts_per_step % s.minibatches:
+        parser.error(f"--minibatches {s.minibatches} does not divide --prompts-per-step "
+                     f"{s.prompts_per_step}; a minibatch holds whole groups")
+    if s.rollout_rows < s.group_size:
+        parser.error(f"--rollout-rows {s.rollout_rows} does not hold one group of {s.group_size}")
+    for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
+        if not 0 <= getattr(s, key) < math.inf:
+            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more")
+
+
+def chosen_objective(s):
+    """The objective of these settings: (ratio, advantage) -> objective, elementwise."""
+    settings = {key: getattr(s, key) for key in objective_settings(s.objective)}
+    return partial(OBJECTIVES[s.objective], **settings)
+
+
+# ------------------------------------------------------------------ the phases of a step
+
+def prompt_order(n_problems, n, step, seed):
+    """The problems of step 1, 2, …: each pass a new seeded shuffle, what does not fill a step left
+    out. A list of n indices."""
+    steps_per_pass = n_problems // n
+    order = list(range(n_problems))
+    random.Random(f"{seed}/{(step - 1) // steps_per_pass}").shuffle(order)
+    start = (step - 1) % steps_per_pass * n
+    return order[start:start + n]
+
+
+@dataclass
+class MicroBatch:
+    """Whole groups that run forward and backward together, with what the loss needs per token."""
+    batch: FlatBatch
+    advantage_M: torch.Tensor
+    weight_M: torch.Tensor
+    sampler_logp_M: torch.Tensor
+    old_logp_M: torch.Tensor = None
+    reference_logp_M: torch.Tensor = None
+
+
+def lay_out(rollout, advantage_PG, s, device):
+    """The minibatches of a rollout, each a list of micro-batches; built once, used every epoch.
+
+    The weights are those of all completions of a minibatch; groups without advantages are left out
+    afterwards (deviation 3). Groups fill a micro-batch up to `tokens_per_microbatch`.
+    """
+    G, per_minibatch = rollout.group_size, len(rollout.prompts) // s.minibatches
+    minibatches = []
+    for first in range(0, len(rollout.prompts), per_minibatch):
+        groups = range(first, first + per_minibatch)
+        length_PG = torch.tensor([[len(c) for c in rollout.completions[p * G:p * G + G]]
+                                  for p in groups])
+        weight_PG = reduction_weights(length_PG.flatten(), s.reduction, s.max_new_tokens)
+        weight_PG = weight_PG.view(-1, G)
+        packs, n_tokens = [], math.inf
+        for i, p in enumerate(groups):
+            if s.beta == 0 and not advantage_PG[p].any():
+                continue
+            size = len(rollout.prompts[p]) + int(length_PG[i].sum())
+            if n_tokens + size > s.tokens_per_microbatch:
+                packs.append([])
+                n_tokens = 0
+            packs[-1].append(p)
+            n_tokens += size
+        minibatches.append([])
+        for pack in packs:
+            rows = [range(p * G, p * G + G) for p in pack]
+            batch = flat_batch([rollout.prompts[p] for p in pack],
+                               [[rollout.completions[b] for b in group] for group in rows], device)
+            length_B = torch.tensor(batch.lengths)
+            local = torch.tensor([p - first for p in pack])
+            logps = [x for group in rows for b in group for x in rollout.logps[b]]
+            minibatches[-1].append(MicroBatch(
+                batch,
+                advantage_PG[pack].flatten().repeat_interleave(length_B).to(device),
+                weight_PG[local].flatten().repeat_interleave(length_B).to(device),
+                torch.tensor(logps, device=device)))
+    return minibatches
+
+
+def update(model, reference, optimizer, minibatches, s, state):
+    """All epochs over one rollout: old log-probs, loss, gradient, optimizer steps. Returns metrics.
+
+    Old log-probs come from a pass of their own, before the first optimizer step; when an epoch is
+    one optimizer step, they are what its first pass computes anyway.
+    """
+    objective = chosen_objective(s)
+    everything = [micro for minibatch in minibatches for micro in minibatch]
+    entropies, log_ratios, kls, norms = [], [], [], []
+    began = time.perf_counter()
+    for micro in everything:
+        if s.minibatches > 1:
+            micro.old_logp_M, entropy_M = model.completion_log_probs(micro.batch, s.temperature,
+                                                                     entropy=True)
+            entropies.append(entropy_M)
+        if reference is not None:
+            micro.reference_logp_M, _ = reference.completion_log_probs(micro.batch, s.temperature)
+    scored = time.perf_counter()
+
+    for epoch in range(s.epochs):
+        for minibatch in minibatches:
+            optimizer.zero_grad()
+            state["optimizer_steps"] += 1
+            for micro in minibatch:
+                first_pass = micro.old_logp_M is None
+
+                def loss(logp, chunk):
+                    old = logp.detach() if first_pass else micro.old_logp_M[chunk]
+                    weight = micro.weight_M[chunk]
+                    total, log_ratio = policy_loss(logp, old, micro.advantage_M[chunk], weight,
+                                                   micro.batch.sequence_M[chunk], objective)
+                    if epoch == s.epochs - 1:
+                        log_ratios.append(log_ratio)
+                    if reference is not None:
+                        kl = kl_k3(logp, micro.reference_logp_M[chunk])
+                        kls.append(kl.detach())
+                        total = total + s.beta * (weight * kl).sum()
+                    return total
+
+                logp_M, entropy_M = model.completion_log_probs(micro.batch, s.temperature, loss,
+                                                               entropy=first_pass)
+                if first_pass:
+                    micro.old_logp_M = logp_M
+                    entropies.append(entropy_M)
+            if not minibatch:
+                state["skipped_steps"] += 1
+                continue
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+            if not norm.isfinite():
+                raise FloatingPointError(f"the gradient norm is {norm.item()}")
+            norms.append(norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(s, state["optimizer_steps"])
+            optimizer.step()
+
+    metrics = {"learning_rate": learning_rate(s, state["optimizer_steps"]), **state}
+    if everything:
+        old_M = torch.cat([micro.old_logp_M for micro in everything])
+        gap_M = (old_M - torch.cat([micro.sampler_logp_M for micro in everything])).abs()
+        norms = torch.stack(norms)
+        metrics |= ratio_diagnostics(torch.cat(log_ratios),
+                                     torch.cat([micro.advantage_M for micro in everything]),
+                                     torch.cat([micro.weight_M for micro in everything]))
+        metrics |= {"entropy": torch.cat(entropies).mean().item(),
+                    "sampler_gap_mean": gap_M.mean().item(),
+                    "sampler_gap_p99": gap_M.quantile(0.99).item(),
+                    "gradient_norm": norms.mean().item(),
+                    "gradient_limited": (norms > s.max_grad_norm).double().mean().item()}
+        if reference is not None:
+            metrics["kl_reference"] = torch.cat(kls).mean().item()
+    n_tokens = sum(len(micro.batch.ids_N) for micro in everything)
+    ended = time.perf_counter()
+    metrics |= {"score_s": scored - began, "update_s": ended - scored,
+                "update_tokens_per_s": s.epochs * n_tokens / (ended - scored)}
+    return metrics
+
+
+def learning_rate(s, optimizer_step):
+    """Linear warm-up to the peak, then linear decay to 0 at the last optimizer step (from 1)."""
+    total = s.steps * s.epochs * s.minibatches
+    rise = optimizer_step / max(s.warmup_steps, 1)
+    fall = (total - optimizer_step + 1) / max(total - s.warmup_steps, 1)
+    return s.learning_rate * max(min(rise, fall, 1.0), 0.0)
+
+
+@torch.no_grad()
+def noise_floor(model, micro, temperature):
+    """Share of tokens whose ratio leaves 1 ± 0.1 (and 0.2) though every weight moved by 1e-9 only.
+
+    In fp32 it is 0. In bf16 any update draws all rounding anew, and a clip then acts on noise.
+    """
+    before_M, _ = model.completion_log_probs(micro.batch, temperature)
+    kept = [p.clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.add_(p.sign(), alpha=1e-9)
+    after_M, _ = model.completion_log_probs(micro.batch, temperature)
+    for p, old in zip(model.parameters(), kept):
+        p.copy_(old)
+    distance_M = ((after_M - before_M).exp() - 1).abs()
+    return {f"noise_floor_{limit}": (distance_M > limit).double().mean().item()
+            for limit in (0.1, 0.2)}
+
+
+def mean_se(values):
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+# ------------------------------------------------------------------ files of a run
+
+def save_checkpoint(folder, model, optimizer, step, state, best, keep):
+    """checkpoints/step_N/: the model in the hub's format and the trainer's state, all or nothing."""
+    final = folder / "checkpoints" / f"step_{step}"
+    partial_folder = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    model.save_pretrained(partial_folder)
+    torch.save({"step": step, "optimizer": optimizer.state_dict(), "state": state, "best": best},
+               partial_folder / "trainer.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    partial_folder.rename(final)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder):
+    """Complete checkpoints, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def append_rows(path, *rows):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def cut_rows(path, step):
+    """Drop the rows of steps after `step`: they will be made again."""
+    if path.exists():
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def describe_run(s):
+    """What config.json holds beside the settings: commit, versions, device."""
+    import transformers
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if s.device.startswith("cuda") else "cpu"
+    return {"commit": git.stdout.strip() or None, "device_name": device,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "transformers": transformers.__version__}}
+
+
+def draw_curves(folder):
+    """curves.png from metrics.jsonl: reward, length, ratios and gradient norm against step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_rows(folder / "metrics.jsonl")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    panels = {"reward": ["reward_mean", "validation_reward"],
+              "accuracy and format": ["accuracy", "format_rate", "validation_accuracy"],
+              "completion length, tokens": ["length_mean", "length_finished"],
+              "ratio, last epoch": ["ratio_p1", "ratio_p50", "ratio_p99"]}
+    for axis, (title, keys) in zip(axes.flat, panels.items()):
+        for key, style in zip(keys, ("-", "--", ":")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points), style, label=key,
+                          marker="o" if key.startswith("validation") else None, markersize=4)
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------ what the console says
+
+def announce(s, model, train, validation, prompts):
+    """The arithmetic of the run, before any of it is computed."""
+    G, P = s.group_size, s.prompts_per_step
+    n_parameters = sum(p.numel() for p in model.parameters())
+    c = model.config
+    kv_bytes = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]
+    kv_bytes *= 2 if s.dtype == "bf16" else 4
+    longest, rows = max(map(len, prompts)), min(s.rollout_rows, P * G)
+    cache_gib = kv_bytes * (rows * s.max_new_tokens + rows / G * longest) / 2**30
+    optimizer_steps = s.epochs * s.minibatches
+    print(f"data       {len(train)} training problems, {len(validation)} for validation; "
+          f"prompts of at most {longest} tokens")
+    print(f"step       {P} prompts × {G} completions = {P * G}, at most "
+          f"{P * G * s.max_new_tokens:,} new tokens; {s.epochs} epochs × {s.minibatches} "
+          f"minibatches = {optimizer_steps} optimizer steps")
+    print(f"run        {s.steps} steps = {s.steps * optimizer_steps} optimizer steps, "
+          f"{s.steps * P / len(train):.2f} passes over the training problems")
+    print(f"memory     {16 * n_parameters / 2**30:.2f} GiB weights, gradients and AdamW state of "
+          f"{n_parameters:,} parameters; {cache_gib:.2f} GiB cache while sampling; activations "
+          f"of {s.tokens_per_microbatch:,} tokens on top")
+    if optimizer_steps == 1 and s.objective != "noclip":
+        print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
+              f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
+              file=sys.stderr)
+
+
+CONSOLE = {  # heading -> metric, format
+    "step": ("step", "4d"), "reward": ("reward_mean", "7.3f"), "± s.e.": ("reward_se", "6.3f"),
+    "correct": ("accuracy", "7.1%"), "format": ("format_rate", "6.1%"),
+    "length": ("length_mean", "6.1f"), "cut": ("truncated", "6.1%"),
+    "equal": ("equal_groups", "6.1%"), "r p1": ("ratio_p1", "5.2f"), "r p99": ("ratio_p99", "5.2f"),
+    "KL": ("kl_old_new", "8.1e"), "entropy": ("entropy", "7.3f"), "|g|": ("gradient_norm", "6.3f"),
+    "sample s": ("sample_s", "8.2f"), "update s": ("update_s", "8.2f"),
+    "valid": ("validation_reward", "6.3f")}
+
+
+def console_line(metrics):
+    cells = []
+    for heading, (key, form) in CONSOLE.items():
+        width = max(len(heading), int(form.split(".")[0].rstrip("d")))
+        cells.append((format(metrics[key], form) if key in metrics else "").rjust(width))
+    return "  ".join(cells)
+
+
+def console_heading():
+    widths = [max(len(h), int(form.split(".")[0].rstrip("d"))) for h, (_, form) in CONSOLE.items()]
+    return "  ".join(h.rjust(w) for h, w in zip(CONSOLE, widths))
+
+
+# ------------------------------------------------------------------ the run
+
+def load(s):
+    """Model, reference model or None, problems and prompts: everything that can be missing."""
+    path = HERE / "tiny" / "model" if s.model in ("tiny", "tiny/model") else s.model
+    dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+    model = Qwen2.from_pretrained(path, s.device, dtype)
+    train = load_problems(s.data, "train")
+    if s.data == "tiny":
+        validation = load_problems(s.data, "validation")[:s.validation_problems]
+    else:
+        order = list(range(len(train)))
+        random.Random(f"{s.seed}/validation").shuffle(order)
+        validation = [train[i] for i in order[:s.validation_problems]]
+        train = [train[i] for i in order[s.validation_problems:]]
+    if len(train) < s.prompts_per_step:
+        raise ValueError(f"--prompts-per-step is {s.prompts_per_step}, but {s.data} leaves "
+                         f"{len(train)} training problems beside {len(validation)} for validation")
+    test = load_problems(s.data, "test")[:s.test_problems] if s.test_problems else []
+    prompts = [build_prompt(model.tokenizer, problem)
+               for problem in tqdm(train, desc="prompts", leave=False, delay=2)]
+    longest = max(map(len, prompts))
+    if longest + s.max_new_tokens > model.context:
+        raise ValueError(f"the longest prompt has {longest} tokens and --max-new-tokens is "
+                         f"{s.max_new_tokens}; the model's context holds {model.context}")
+    reference = Qwen2.from_pretrained(path, s.device, dtype).for_sampling() if s.beta else None
+    return model, reference, path, train, validation, test, prompts
+
+
+def score(rollout, problems, tokenizer, s, step):
+    """Texts, rewards (P, G) and the metrics of what was sampled."""
+    G = rollout.group_size
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
+    rewards, correct, formatted = [], [], []
+    for b, (text, finished) in enumerate(zip(texts, rollout.finished)):
+        gold = problems[b // G].gold
+        rewards.append(float(reward(text, gold, finished, s.reward, key=(s.seed, step, b))))
+        correct.append(is_correct(text, gold, "flexible", finished))
+        formatted.append(has_format(text, finished, gold))
+    reward_PG = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
+    lengths, n = [len(ids) for ids in rollout.completions], len(texts)
+    ended = [length for length, finished in zip(lengths, rollout.finished) if finished]
+    mean, se = mean_se(rewards)
+    return texts, reward_PG, {
+        "reward_mean": mean, "reward_se": se, "accuracy": sum(correct) / n,
+        "format_rate": sum(formatted) / n, "length_mean": sum(lengths) / n,
+        "length_finished": sum(ended) / len(ended) if ended else 0.0,
+        "truncated": 1 - len(ended) / n,
+        "equal_groups": (reward_PG == reward_PG[:, :1]).all(1).double().mean().item(),
+        "sample_s": rollout.seconds, "sample_tokens_per_s": sum(lengths) / rollout.seconds}
+
+
+def validate(model, problems, s):
+    """Mean reward and accuracy on the validation problems, sampled as in training."""
+    rows = grade(model, problems, s.validation_samples, s.temperature, s.top_p, s.max_new_tokens,
+                 s.seed, VALIDATION_STEP, s.rollout_rows, progress="validation")
+    golds = [p.gold for p in problems for _ in range(s.validation_samples)]
+    rewards = [reward(row["text"], gold, row["finished"], s.reward, key=(s.seed, b))
+               for b, (row, gold) in enumerate(zip(rows, golds))]
+    return {"validation_reward": sum(rewards) / len(rewards),
+            "validation_accuracy": sum(row["flexible"] for row in rows) / len(rows),
+            "validation_format_rate": sum(row["format"] for row in rows) / len(rows)}
+
+
+def train(s, folder):
+    """The loop. Returns the exit code: 0, or 130 where Ctrl-C ended it."""
+    torch.set_num_threads(s.threads)
+    if s.dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
+    print(f"run        {folder}: --model {s.model} --data {s.data} --objective {s.objective}, "
+          f"{s.dtype} on {s.device}, seed {s.seed}")
+    try:
+        model, reference, base_path, problems, validation, test, prompts = load(s)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    announce(s, model, problems, validation, prompts)
+    first = prompt_order(len(problems), s.prompts_per_step, 1, s.seed)[0]
+    print(f"prompt 1   {model.tokenizer.decode(prompts[first])!r}\n           {prompts[first]}\n")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
+                                  eps=1e-8, weight_decay=0.0, fused=True)
+    state, best, done = {"optimizer_steps": 0, "skipped_steps": 0}, -math.inf, 0
+    if s.resume:
+        done, state, best = resume(folder, model, optimizer)
+    else:
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
+    wandb_run = open_wandb(s, folder)
+    stopping = stop_on_ctrl_c()
+
+    def log(metrics):
+        append_rows(folder / "metrics.jsonl", metrics)
+        tqdm.write(console_line(metrics))
+        if wandb_run:
+            wandb_run.log(metrics, step=metrics["step"])
+
+    def validated(step):
+        """Validation metrics of a step that has them; a new best is saved to best/."""
+        nonlocal best
+        if step % s.validate_every or s.steps < s.validate_every:
+            return {}
+        metrics = validate(model, validation, s)
+        if metrics["validation_reward"] > best:
+            best = metrics["validation_reward"]
+            model.save_pretrained(folder / "best")
+        return metrics
+
+    tqdm.write(console_heading())
+    if done == 0 and s.steps >= s.validate_every:
+        log({"step": 0, **validated(0)})
+    last = min(s.steps, s.stop_after or s.steps)
+    bar = tqdm(range(done + 1, last + 1), desc="training", unit="step", initial=done,
+               total=s.steps)
+    for step in bar:
+        chosen = prompt_order(len(problems), s.prompts_per_step, step, s.seed)
+        rollout = generate(model.for_sampling(), [prompts[i] for i in chosen], s.group_size,
+                           s.max_new_tokens, s.temperature, s.top_p, s.seed, step, chosen,
+                           s.rollout_rows, progress="sampling")
+        texts, reward_PG, metrics = score(rollout, [problems[i] for i in chosen],
+                                          model.tokenizer, s, step)
+        advantage_PG = group_advantages(reward_PG, s.advantage_scale).float()
+        minibatches = lay_out(rollout, advantage_PG, s, model.device)
+        if step == 1 and any(minibatches):
+            metrics |= noise_floor(model, next(filter(None, minibatches))[0], s.temperature)
+        try:
+            metrics |= update(model, reference, optimizer, minibatches, s, state)
+        except FloatingPointError as e:
+            kept = checkpoints(folder)
+            sys.exit(f"error: step {step}: {e}; prompts {[problems[i].id for i in chosen]}; the "
+                     f"last good checkpoint is {kept[-1] if kept else 'none yet'}")
+        metrics["peak_memory_gib"] = peak_memory_gib(s.device)
+        metrics |= validated(step)
+        log({"step": step, **metrics})
+        append_rows(folder / "samples.jsonl", *(
+            {"step": step, "problem": problems[chosen[b // s.group_size]].id, "text": texts[b],
+             "finished": rollout.finished[b], "reward": reward_PG.flatten()[b].item(),
+             "advantage": advantage_PG.flatten()[b].item()}
+            for b in range(SAMPLE_GROUPS * s.group_size)))
+        if step % s.checkpoint_every == 0 or step == last or stopping:
+            save_checkpoint(folder, model, optimizer, step, state, best, s.keep)
+            draw_curves(folder)
+        if stopping:
+            break
+    bar.close()
+    if stopping or last < s.steps:
+        print(f"stopped after step {checkpoints(folder)[-1].name[5:]} of {s.steps}; go on with "
+              f"--resume --name {s.name}")
+        return 130 if stopping else 0
+    if not (folder / "best").exists():  # a run too short to reach a validation
+        model.save_pretrained(folder / "best")
+    finish(s, folder, base_path, test)
+    return 0
+
+
+def resume(folder, model, optimizer):
+    """Fill model and optimizer from the newest checkpoint; returns (step, state, best)."""
+    from model import load_weights
+    found = checkpoints(folder)
+    if not found:
+        sys.exit(f"error: --resume: {folder} holds no checkpoint; delete it and start again")
+    load_weights(model, found[-1], model.device)
+    trainer = torch.load(found[-1] / "trainer.pt", map_location=model.device, weights_only=True)
+    optimizer.load_state_dict(trainer["optimizer"])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_rows(folder / name, trainer["step"])
+    print(f"resume     after step {trainer['step']}")
+    return trainer["step"], trainer["state"], trainer["best"]
+
+
+def finish(s, folder, base_path, test):
+    """What the run gained: greedy strict accuracy of the base model and of best/."""
+    command = f"python evaluate.py {s.model} {folder}/best --data {s.data}"
+    if not test:
+        print(f"wrote {folder}/best; to measure it: {command}")
+        return
+    scores = []
+    for path in (base_path, folder / "best"):
+        dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+        rows = grade(Qwen2.from_pretrained(path, s.device, dtype), test, max_rows=s.rollout_rows,
+                     progress="test")
+        scores.append(summarise(rows, 1)["strict"])
+    write_json(folder / "test.json", {"data": s.data, "n_problems": len(test),
+                                      "base_strict": scores[0], "best_strict": scores[1]})
+    print(f"greedy strict accuracy on {len(test)} test problems: base model {scores[0]:.1%}, "
+          f"{folder}/best {scores[1]:.1%}")
+
+
+def stop_on_ctrl_c():
+    """A list that Ctrl-C makes non-empty, so that the step under way ends; a second one leaves."""
+    stopping = []
+
+    def handler(signum, frame):
+        if stopping:
+            sys.exit(130)
+        stopping.append(signum)
+        tqdm.write("Ctrl-C: finishing this step and saving; press it again to leave at once")
+
+    signal.signal(signal.SIGINT, handler)
+    return stopping
+
+
+def open_wandb(s, folder):
+    if s.wandb is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        sys.exit("error: --wandb needs the package wandb: pip install wandb")
+    return wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
+
+
+def peak_memory_gib(device):
+    """Highest memory so far: of the device on CUDA, of the process on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30  # macOS counts bytes
+
+
+def main(argv=None):
+    s, folder = read_settings(argv)
+    return train(s, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
