@@ -5,7 +5,7 @@ What it does    `Qwen2.forward` takes the tokens of many sequences end to end on
                 see which, so one forward serves prefill, training and cached decoding.
 What it leaves  the attention patterns to rollout.py, the loss to objectives.py.
 Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
-Where to fork   another architecture: `Layer` holds all that is particular to Qwen2.5; `ARCHITECTURE`
+Where to fork   another architecture: `Layer` holds what is particular to Qwen2.5; `ARCHITECTURE`
                 names what `from_pretrained` accepts.
 
 Axis letters: N flat tokens, M completion tokens among them, C model width, H query heads,
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+TINY = Path(__file__).resolve().parent / "tiny" / "model"
 ARCHITECTURE = "qwen2"  # `model_type` in config.json
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -278,15 +279,15 @@ def write_json(path, value):
 
 
 def model_folder(name_or_path):
-    """The folder itself, or a local copy of the hub's model of that name."""
-    folder = Path(name_or_path)
+    """The folder itself, the embedded default for "tiny", or a local copy of the hub's model."""
+    folder = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
     if (folder / "config.json").is_file():
         return folder
     if folder.is_dir():
         raise FileNotFoundError(f"{folder}: no config.json in this folder; expected a model folder "
                                 "in the hub's format (config.json, *.safetensors, tokenizer files)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
     name = os.fspath(name_or_path)
     try:
         wanted = ["config.json", "generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES]
@@ -295,7 +296,7 @@ def model_folder(name_or_path):
         raise FileNotFoundError(f"{name}: neither a model folder here nor a model on the hub; give "
                                 "a folder with config.json, or a name such as Qwen/Qwen2.5-0.5B"
                                 ) from e
-    except Exception as e:  # every transport fails in its own way; all mean the same to the user
+    except (OSError, *HfHubHTTPError.__bases__) as e:  # its base is the HTTP library's own error
         raise ConnectionError(
             f"{name}: no such folder here, and the model hub could not be reached "
             f"({type(e).__name__}); give a local model folder, or allow access to the hub") from e
@@ -371,7 +372,7 @@ def find_stop_ids(tokenizer, config, generation_config):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Parameter table, and parity with transformers.")
-    parser.add_argument("model", nargs="?", default="tiny/model", help="hub name or folder")
+    parser.add_argument("model", nargs="?", default="tiny", help="hub name or folder")
     name = parser.parse_args().model
     qwen = Qwen2.from_pretrained(name)
     for key, p in qwen.named_parameters():

@@ -144,9 +144,10 @@ def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
     outside_N = (ratio_N < 0.8) | (ratio_N > 1.2)
     removed_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.8) & (advantage_N < 0))
     gradient_N = weight_N.double() * advantage_N.abs() * ratio_N
+    removed = gradient_N[removed_N].sum() / gradient_N.sum().clamp(min=1e-30)
     return {"ratio_p1": p1, "ratio_p50": p50, "ratio_p99": p99,
             "ratio_outside": outside_N.double().mean().item(),
-            "clip_removed": (gradient_N[removed_N].sum() / gradient_N.sum().clamp(min=1e-30)).item(),
+            "clip_removed": removed.item(),
             "kl_old_new": kl_k3(0 * log_ratio_N, log_ratio_N).double().mean().item(),
             "effective_sample_size": (ratio_N.sum() ** 2 / ratio_N.square().sum()
                                       / len(ratio_N)).item(),

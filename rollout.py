@@ -409,7 +409,7 @@ def main():
     from rewards import Problem, build_prompt
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample from a model folder.")
     parser.add_argument("question", nargs="+", help="one or more questions")
-    parser.add_argument("--model", default="tiny/model", help="hub name or folder")
+    parser.add_argument("--model", default="tiny", help="hub name or folder")
     parser.add_argument("-n", type=int, default=1, help="completions per question")
     parser.add_argument("--temperature", type=float, default=1.0, help="≥ 0; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass, in (0, 1]")

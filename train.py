@@ -9,9 +9,10 @@ Where to fork   `train` is the loop; `update` is all that happens to one rollout
                 a function in objectives.py, a new setting one line in `make_parser`.
 
 Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives.py has two more:
-  1. The reward is correctness, plus 0.05 for a clean format; `--reward paper` is the authors'.
-  2. top-p truncates the distribution that is sampled from, while ratio and log-probabilities use
-     the full softmax, as the released recipe's trainer does too.
+  1. The reward is correctness plus 0.05 for a clean format (rewards.py says when); `--reward
+     paper` is the authors'.
+  2. top-p truncates the distribution that is sampled from; ratio and log-probabilities use the
+     full softmax.
   3. With β = 0 a group whose rewards are all equal is not scored or trained on, since its gradient
      is zero; its tokens stay in the divisor. A minibatch of only such groups makes no optimizer
      step, while the schedule advances. (AdamW would still move by its momentum.)
@@ -25,7 +26,6 @@ import argparse
 import inspect
 import json
 import math
-import os
 import random
 import resource
 import shutil
@@ -42,8 +42,15 @@ from tqdm import tqdm
 
 from evaluate import grade, summarise
 from model import Qwen2, write_json
-from objectives import (MAX_LOG_RATIO, OBJECTIVES, REDUCTIONS, group_advantages, kl_k3, policy_loss,
-                        ratio_diagnostics, reduction_weights)
+from objectives import (
+    OBJECTIVES,
+    REDUCTIONS,
+    group_advantages,
+    kl_k3,
+    policy_loss,
+    ratio_diagnostics,
+    reduction_weights,
+)
 from rewards import build_prompt, has_format, is_correct, load_problems, reward
 from rollout import FlatBatch, check_sampling, flat_batch, generate
 
@@ -60,7 +67,7 @@ PAPER = dict(
 PRESETS = {
     "tiny": dict(
         data="tiny", prompts_per_step=8, group_size=8, epochs=2, minibatches=4, temperature=1.0,
-        top_p=1.0, max_new_tokens=40, steps=60, learning_rate=2e-5, warmup_steps=0,
+        top_p=1.0, max_new_tokens=40, steps=100, learning_rate=1e-5, warmup_steps=0,
         validation_problems=100, validation_samples=2, validate_every=5, checkpoint_every=20,
         test_problems=200),
     "Qwen/Qwen2.5-0.5B": PAPER,
@@ -136,6 +143,8 @@ def read_settings(argv):
     model = given.get("model", defaults["model"])
     preset = PRESETS.get("tiny" if model == "tiny/model" else model, PRESETS["Qwen/Qwen2.5-0.5B"])
     s = argparse.Namespace(**{**defaults, **preset, **given})
+    if s.model == "tiny/model":
+        s.model = "tiny"
     s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
     folder = Path("runs") / s.name
     if s.resume:
@@ -184,6 +193,8 @@ def check_settings(parser, s, given):
                      f"{s.prompts_per_step}; a minibatch holds whole groups")
     if s.rollout_rows < s.group_size:
         parser.error(f"--rollout-rows {s.rollout_rows} does not hold one group of {s.group_size}")
+    if s.device != "cpu" and not (s.device.startswith("cuda") and torch.cuda.is_available()):
+        parser.error(f"--device {s.device}: expected cpu, or cuda where torch finds a GPU")
     for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
         if not 0 <= getattr(s, key) < math.inf:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more")
@@ -330,7 +341,9 @@ def update(model, reference, optimizer, minibatches, s, state):
             metrics["kl_reference"] = torch.cat(kls).mean().item()
     n_tokens = sum(len(micro.batch.ids_N) for micro in everything)
     ended = time.perf_counter()
-    metrics |= {"score_s": scored - began, "update_s": ended - scored,
+    passes = (s.minibatches > 1) + (reference is not None)
+    metrics |= {"score_s": scored - began, "score_tokens_per_s": passes * n_tokens
+                / (scored - began), "update_s": ended - scored,
                 "update_tokens_per_s": s.epochs * n_tokens / (ended - scored)}
     return metrics
 
@@ -370,7 +383,7 @@ def mean_se(values):
 # ------------------------------------------------------------------ files of a run
 
 def save_checkpoint(folder, model, optimizer, step, state, best, keep):
-    """checkpoints/step_N/: the model in the hub's format and the trainer's state, all or nothing."""
+    """checkpoints/step_N/, all or nothing: the model in the hub's format and trainer's state."""
     final = folder / "checkpoints" / f"step_{step}"
     partial_folder = final.with_name(final.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
@@ -387,6 +400,13 @@ def checkpoints(folder):
     """Complete checkpoints, oldest first."""
     found = [p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def newest_checkpoint(folder):
+    found = checkpoints(folder)
+    if not found:
+        sys.exit(f"error: --resume: {folder} holds no checkpoint yet; delete it and start again")
+    return found[-1]
 
 
 def append_rows(path, *rows):
@@ -491,11 +511,11 @@ def console_heading():
 
 # ------------------------------------------------------------------ the run
 
-def load(s):
-    """Model, reference model or None, problems and prompts: everything that can be missing."""
-    path = HERE / "tiny" / "model" if s.model in ("tiny", "tiny/model") else s.model
+def load(s, checkpoint):
+    """All that can be missing: model, reference model or None, problems, prompts to train on."""
     dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
-    model = Qwen2.from_pretrained(path, s.device, dtype)
+    model = Qwen2.from_pretrained(checkpoint or s.model, s.device, dtype)
+    reference = Qwen2.from_pretrained(s.model, s.device, dtype).for_sampling() if s.beta else None
     train = load_problems(s.data, "train")
     if s.data == "tiny":
         validation = load_problems(s.data, "validation")[:s.validation_problems]
@@ -514,8 +534,7 @@ def load(s):
     if longest + s.max_new_tokens > model.context:
         raise ValueError(f"the longest prompt has {longest} tokens and --max-new-tokens is "
                          f"{s.max_new_tokens}; the model's context holds {model.context}")
-    reference = Qwen2.from_pretrained(path, s.device, dtype).for_sampling() if s.beta else None
-    return model, reference, path, train, validation, test, prompts
+    return model, reference, train, validation, test, prompts
 
 
 def score(rollout, problems, tokenizer, s, step):
@@ -553,15 +572,16 @@ def validate(model, problems, s):
             "validation_format_rate": sum(row["format"] for row in rows) / len(rows)}
 
 
-def train(s, folder):
-    """The loop. Returns the exit code: 0, or 130 where Ctrl-C ended it."""
+def train(s, folder, stopping=()):
+    """The loop. Returns the exit code: 0, or 130 where `stopping` became non-empty (Ctrl-C)."""
     torch.set_num_threads(s.threads)
     if s.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     print(f"run        {folder}: --model {s.model} --data {s.data} --objective {s.objective}, "
           f"{s.dtype} on {s.device}, seed {s.seed}")
+    checkpoint = newest_checkpoint(folder) if s.resume else None
     try:
-        model, reference, base_path, problems, validation, test, prompts = load(s)
+        model, reference, problems, validation, test, prompts = load(s, checkpoint)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     announce(s, model, problems, validation, prompts)
@@ -571,13 +591,17 @@ def train(s, folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
                                   eps=1e-8, weight_decay=0.0, fused=True)
     state, best, done = {"optimizer_steps": 0, "skipped_steps": 0}, -math.inf, 0
-    if s.resume:
-        done, state, best = resume(folder, model, optimizer)
+    if checkpoint:
+        trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device, weights_only=True)
+        optimizer.load_state_dict(trainer["optimizer"])
+        done, state, best = trainer["step"], trainer["state"], trainer["best"]
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_rows(folder / name, done)
+        print(f"resume     after step {done}")
     else:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
     wandb_run = open_wandb(s, folder)
-    stopping = stop_on_ctrl_c()
 
     def log(metrics):
         append_rows(folder / "metrics.jsonl", metrics)
@@ -639,33 +663,18 @@ def train(s, folder):
         return 130 if stopping else 0
     if not (folder / "best").exists():  # a run too short to reach a validation
         model.save_pretrained(folder / "best")
-    finish(s, folder, base_path, test)
+    finish(s, folder, test)
     return 0
 
 
-def resume(folder, model, optimizer):
-    """Fill model and optimizer from the newest checkpoint; returns (step, state, best)."""
-    from model import load_weights
-    found = checkpoints(folder)
-    if not found:
-        sys.exit(f"error: --resume: {folder} holds no checkpoint; delete it and start again")
-    load_weights(model, found[-1], model.device)
-    trainer = torch.load(found[-1] / "trainer.pt", map_location=model.device, weights_only=True)
-    optimizer.load_state_dict(trainer["optimizer"])
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_rows(folder / name, trainer["step"])
-    print(f"resume     after step {trainer['step']}")
-    return trainer["step"], trainer["state"], trainer["best"]
-
-
-def finish(s, folder, base_path, test):
+def finish(s, folder, test):
     """What the run gained: greedy strict accuracy of the base model and of best/."""
-    command = f"python evaluate.py {s.model} {folder}/best --data {s.data}"
     if not test:
-        print(f"wrote {folder}/best; to measure it: {command}")
+        print(f"wrote {folder}/best; to measure it:\n"
+              f"python evaluate.py {s.model} {folder}/best --data {s.data}")
         return
     scores = []
-    for path in (base_path, folder / "best"):
+    for path in (s.model, folder / "best"):
         dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
         rows = grade(Qwen2.from_pretrained(path, s.device, dtype), test, max_rows=s.rollout_rows,
                      progress="test")
@@ -710,7 +719,7 @@ def peak_memory_gib(device):
 
 def main(argv=None):
     s, folder = read_settings(argv)
-    return train(s, folder)
+    return train(s, folder, stop_on_ctrl_c())
 
 
 if __name__ == "__main__":

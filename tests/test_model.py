@@ -1,0 +1,206 @@
+"""model.py against transformers: logits, gradients, files; and its refusals."""
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import model as model_module
+from model import Qwen2
+from objectives import noclip, policy_loss
+from rollout import SharedPromptAttention, flat_batch
+
+SHAPES = [  # width, heads, K/V heads, MLP, layers, tied
+    (14 * 8, 14, 2, 200, 2, True), (14 * 8, 14, 2, 200, 2, False), (64, 4, 4, 96, 3, False),
+    (48, 6, 1, 100, 1, True), (128, 4, 2, 384, 3, True)]
+
+
+def theirs(width, heads, kv_heads, mlp, layers, tied, vocabulary=97):
+    """A transformers Qwen2 with random weights large enough to matter, biases and norms too."""
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=mlp, num_hidden_layers=layers,
+        tie_word_embeddings=tied, max_position_embeddings=128, rope_theta=1e6, eos_token_id=5)
+    network = Qwen2ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in network.named_parameters():
+        mean = 1.0 if "norm" in name else 0.0
+        p.data = mean + 0.1 * torch.randn(p.shape, generator=generator)
+    return network
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def pair(request, tmp_path_factory):
+    """(ours, theirs) with the same weights, ours loaded from the folder theirs saved."""
+    folder = tmp_path_factory.mktemp("theirs")
+    network = theirs(*request.param)
+    network.save_pretrained(folder)
+    return Qwen2.from_pretrained(folder), network
+
+
+def random_batch(seed=0, vocabulary=97):
+    """Two prompts with completions of different lengths, one of them empty."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(vocabulary, (n,), generator=g).tolist()
+    return [ids(9), ids(4)], [[ids(5), ids(1), ids(7)], [ids(3), ids(0)]]
+
+
+def their_logps(network, prompts, completions, temperature):
+    """Log-probs of all completion tokens, one padded row per completion: the textbook way."""
+    rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
+    longest = max(len(p) + len(c) for p, c in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, (p, c) in enumerate(rows):
+        ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, :len(p) + len(c)] = 1
+    logits = network(ids, attention_mask=mask).logits / temperature
+    logp = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    return torch.cat([logp[i, len(p) - 1:len(p) + len(c) - 1] for i, (p, c) in enumerate(rows)])
+
+
+def test_logits_equal_transformers(pair):
+    ours, network = pair
+    ids = torch.randint(97, (50,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        attend = SharedPromptAttention([50], [[]])
+        difference = (ours.logits(ours(ids, torch.arange(50), attend))
+                      - network(ids[None]).logits[0]).abs().max().item()
+    print(f"maximum difference of logits: {difference:.1e}")
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("head_bytes", [2**29, 4 * 97 * 6], ids=["one chunk", "many chunks"])
+def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, monkeypatch):
+    monkeypatch.setattr(model_module, "HEAD_BYTES", head_bytes)  # 6 tokens: three chunks
+    ours, network = pair
+    prompts, completions = random_batch()
+    batch = flat_batch(prompts, completions)
+    n = len(batch.target_M)
+    g = torch.Generator().manual_seed(2)
+    advantage, weight, shift = torch.randn(n, generator=g), torch.rand(n, generator=g) / n, 0.1
+    old = their_logps(network, prompts, completions, 0.7).detach() - shift * advantage
+
+    def loss(logp, chunk):
+        return policy_loss(logp, old[chunk], advantage[chunk], weight[chunk],
+                           batch.sequence_M[chunk], noclip)[0]
+    ours.zero_grad()
+    logp, _ = ours.completion_log_probs(batch, 0.7, loss)
+    network.zero_grad()
+    expected = their_logps(network, prompts, completions, 0.7)
+    loss(expected, slice(0, n)).backward()
+    assert (logp - expected).abs().max() < 1e-5
+    names = dict(ours.named_parameters())
+    assert len(batch.chunks(head_bytes // (4 * 97))) == (1 if head_bytes == 2**29 else 3)
+    for name, p in network.named_parameters():
+        difference = (names[name].grad - p.grad).norm() / p.grad.norm()
+        assert difference < 1e-5, (name, difference.item())
+
+
+def test_save_load_save_is_byte_identical_and_transformers_loads_it(pair, tmp_path):
+    ours, network = pair
+    ours.save_pretrained(tmp_path / "one")
+    Qwen2.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    files = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "two").iterdir())
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert again.dtype == torch.float32
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, network(ids).logits)
+    assert again.generation_config.eos_token_id == [5]
+
+
+def test_bf16_weights_become_fp32_masters_and_are_saved_as_fp32(tmp_path):
+    theirs(*SHAPES[0]).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    assert "bfloat16" in (tmp_path / "bf16" / "config.json").read_text()
+    ours = Qwen2.from_pretrained(tmp_path / "bf16")
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    ours.save_pretrained(tmp_path / "fp32")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "fp32").dtype == torch.float32
+
+
+def test_sharded_weights_load(tmp_path):
+    network = theirs(*SHAPES[1])
+    network.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    weights = dict(Qwen2.from_pretrained(tmp_path / "sharded").named_parameters())
+    for name, p in network.named_parameters():
+        assert torch.equal(weights[name], p)
+
+
+def test_the_sampling_twin_shares_fp32_weights_and_casts_bf16_ones(pair):
+    ours, _ = pair
+    twin = ours.for_sampling()
+    name = "model.layers.0.mlp.up_proj.weight"
+    p, q = ours.get_parameter(name), twin.get_parameter(name)
+    assert p.data_ptr() == q.data_ptr() and p.requires_grad and not q.requires_grad
+    ours.compute_dtype = torch.bfloat16
+    try:
+        q = ours.for_sampling().get_parameter(name)
+    finally:
+        ours.compute_dtype = torch.float32
+    assert q.dtype == torch.bfloat16 and torch.equal(q, p.to(torch.bfloat16))
+
+
+def test_tokens_beyond_the_tokenizer_have_no_probability(pair):
+    ours, _ = pair
+    ours.n_tokens = 90
+    try:
+        logp = ours.log_probs(torch.randn(3, ours.config["hidden_size"]))
+    finally:
+        ours.n_tokens = 97
+    assert logp.shape == (3, 90)
+    torch.testing.assert_close(logp.exp().sum(-1), torch.ones(3))
+
+
+def edited(tmp_path, **changes):
+    """The embedded model's folder with other values in its config.json."""
+    folder = tmp_path / "edited"
+    shutil.copytree(model_module.Path(model_module.__file__).parent / "tiny" / "model", folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "llama"}, "'llama'; expected 'qwen2'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"intermediate_size": 100}, "do not fit config.json.*expected .*found"),
+    ({"num_hidden_layers": 4}, "do not fit config.json.*layers.3.*found None")])
+def test_what_is_not_computed_here_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Qwen2.from_pretrained(edited(tmp_path, **changes))
+
+
+def test_a_folder_that_is_no_model_folder_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        Qwen2.from_pretrained(tmp_path)
+    folder = edited(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors: weights are missing"):
+        Qwen2.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: expected a JSON file"):
+        Qwen2.from_pretrained(folder)
+
+
+def test_every_stop_token_of_every_file_is_a_stop_id():
+    class Tokenizer:
+        eos_token_id, chat_template, added_tokens_decoder = 3, "yes", {7: None}
+
+        def apply_chat_template(self, turns, tokenize):
+            return "".join(f"<{t['role']}>{t['content']}<end>" for t in turns)
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": {"<end>": [7], "": []}[text]}
+    find = model_module.find_stop_ids
+    assert find(Tokenizer(), {"eos_token_id": 1}, {"eos_token_id": [2, 1]}) == [1, 2, 3, 7]
+    assert find(None, {"eos_token_id": None}, {}) == []

@@ -1,0 +1,394 @@
+"""train.py: the loop, its settings, resuming, and what it refuses."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from model import Qwen2
+from objectives import noclip
+from rollout import Rollout
+
+ROOT = Path(train.__file__).resolve().parent
+SMALL = ["--prompts-per-step", "4", "--group-size", "4", "--minibatches", "2", "--steps", "4",
+         "--validate-every", "2", "--validation-problems", "5", "--checkpoint-every", "2",
+         "--test-problems", "5", "--learning-rate", "1e-3"]
+NOT_REPEATABLE = ("_s", "_per_s", "_gib")  # seconds, rates and memory
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "stop_on_ctrl_c", lambda: [])  # pytest keeps its own Ctrl-C
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*flags):
+    assert train.main([*SMALL, *flags]) == 0
+
+
+def metrics(name):
+    return train.read_rows(Path("runs") / name / "metrics.jsonl")
+
+
+def repeatable(rows):
+    return [{k: v for k, v in row.items() if not k.endswith(NOT_REPEATABLE)} for row in rows]
+
+
+def weights(folder):
+    return dict(Qwen2.from_pretrained(folder).named_parameters())
+
+
+def assert_same_weights(one, two):
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# ---------------------------------------------------------------- whole runs
+
+def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
+    run()
+    folder = Path("runs/tiny-pspo-s0")
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
+                                                  "curves.png", "checkpoints", "best", "test.json"}
+    assert [row["step"] for row in metrics("tiny-pspo-s0")] == [0, 1, 2, 3, 4]
+    assert [p.name for p in train.checkpoints(folder)] == ["step_2", "step_4"]
+    before, after = weights("tiny"), weights(folder / "checkpoints" / "step_4")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["alpha"] == 0.1 and config["settings"]["threads"] >= 1
+    assert config["versions"]["torch"] == torch.__version__
+    samples = train.read_rows(folder / "samples.jsonl")
+    assert len(samples) == 4 * 4 and {"text", "reward", "advantage"} < samples[0].keys()
+    out = capsys.readouterr().out
+    assert "8 optimizer steps" not in out and "2 epochs × 2 minibatches = 4 optimizer steps" in out
+    assert "prompt 1" in out and "<|user|>" in out and "greedy strict accuracy on 5 test" in out
+
+
+ARMS = [["--objective", "clip"], ["--objective", "noclip"], ["--beta", "0.01"],
+        ["--reduction", "sequence"], ["--reduction", "constant"], ["--dtype", "bf16"],
+        ["--advantage-scale", "none"], ["--reward", "paper"], ["--reward", "noise"],
+        ["--top-p", "0.95"], ["--top-p", "0.5"], ["--minibatches", "1"]]
+
+
+@pytest.mark.parametrize("flags", ARMS, ids=" ".join)
+def test_every_arm_runs(flags):
+    run("--steps", "2", "--name", "arm", "--test-problems", "0", *flags)
+    rows = metrics("arm")
+    assert any(row.get("gradient_norm", 0) > 0 for row in rows)
+    if "--beta" in flags:
+        assert rows[1]["kl_reference"] >= 0 and rows[1]["equal_groups"] <= 1
+
+
+def test_changing_the_objective_changes_no_other_setting():
+    settings = {}
+    for objective in ("pspo", "clip", "noclip"):
+        s, _ = train.read_settings(["--model", "tiny", "--objective", objective])
+        settings[objective] = vars(s)
+    for objective in ("clip", "noclip"):
+        changed = {k for k, v in settings["pspo"].items() if settings[objective][k] != v}
+        assert changed == {"objective", "name"}
+    run("--steps", "1", "--name", "a")
+    run("--steps", "1", "--name", "b", "--objective", "clip")
+    saved = [json.loads(Path(f"runs/{n}/config.json").read_text())["settings"] for n in "ab"]
+    assert {k for k in saved[0] if saved[0][k] != saved[1][k]} == {"objective", "name"}
+
+
+def test_objectives_tell_apart_only_after_the_first_optimizer_step():
+    for name, flags in (("pspo", ["--alpha", "0"]), ("noclip", ["--objective", "noclip"])):
+        run("--name", name, "--steps", "2", *flags)
+    assert repeatable(metrics("pspo")) == repeatable(metrics("noclip"))  # α = 0 is noclip
+    last = metrics("noclip")[-1]
+    assert last["ratio_p1"] < 0.99 < 1.01 < last["ratio_p99"]  # the ratios do leave 1
+    assert last["sampler_gap_p99"] < 1e-4
+
+
+@pytest.mark.parametrize("flags", [[], ["--beta", "0.1", "--objective", "clip"]], ids=["pspo", "kl"])
+def test_resuming_is_bit_identical(flags):
+    threads = ["--threads", "2"]
+    run("--name", "straight", *threads, *flags)
+    run("--name", "halves", "--stop-after", "2", *threads, *flags)
+    assert [row["step"] for row in metrics("halves")] == [0, 1, 2]
+    assert not Path("runs/halves/test.json").exists()
+    train.append_rows(Path("runs/halves/metrics.jsonl"), {"step": 3})  # left by a killed run
+    run("--name", "halves", "--resume", *threads, *flags)
+    assert repeatable(metrics("halves")) == repeatable(metrics("straight"))
+    for folder in ("checkpoints/step_4", "best"):
+        assert_same_weights(f"runs/straight/{folder}", f"runs/halves/{folder}")
+    samples = [Path(f"runs/{n}/samples.jsonl").read_text() for n in ("straight", "halves")]
+    assert samples[0] == samples[1]
+
+
+def test_resuming_refuses_a_changed_setting_by_name(capsys):
+    run("--stop-after", "2")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--learning-rate", "0.5"])
+    assert "--learning-rate was 0.001" in capsys.readouterr().err
+    assert train.main(["--resume"]) == 0  # all other settings are the run's own
+
+
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed():
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--threads", "2", "--steps", "40",
+               "--name", "stopped"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rows = Path("runs/stopped/metrics.jsonl")
+    deadline = time.time() + 120
+    while not (rows.exists() and len(train.read_rows(rows)) > 2) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "finishing this step" in output and "--resume --name stopped" in output
+    step = metrics("stopped")[-1]["step"]
+    assert train.checkpoints(Path("runs/stopped"))[-1].name == f"step_{step}" and step < 40
+    run("--name", "stopped", "--steps", "40", "--threads", "2", "--resume", "--stop-after",
+        str(step + 1))
+    assert [row["step"] for row in metrics("stopped")] == list(range(step + 2))
+
+
+def test_only_the_newest_checkpoints_are_kept():
+    run("--checkpoint-every", "1", "--keep", "2")
+    found = [p.name for p in train.checkpoints(Path("runs/tiny-pspo-s0"))]
+    assert found == ["step_3", "step_4"]
+
+
+# ---------------------------------------------------------------- one update, looked at closely
+
+def settings(**changes):
+    s, _ = train.read_settings([*SMALL, "--name", "unused"])
+    return SimpleNamespace(**{**vars(s), **changes})
+
+
+def made_up_rollout(model, P=4, G=4, seed=0):
+    """Random prompts and completions of different lengths; rewards differ within every group."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        n = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(3, 200, (n,), generator=g).tolist()
+    completions = [ids(1, 20) for _ in range(P * G)]
+    rollout = Rollout([ids(5, 15) for _ in range(P)], completions,
+                      [[-1.0] * len(c) for c in completions], [True] * (P * G), G, 1.0)
+    reward_PG = torch.rand(P, G, generator=g)
+    return rollout, train.group_advantages(reward_PG)
+
+
+def updated(tmp_state=None, model=None, equal=(), **changes):
+    """Weights and metrics after one update of a made-up rollout."""
+    s = settings(**changes)
+    model = model or Qwen2.from_pretrained("tiny", dtype=changes.get("compute", torch.float32))
+    rollout, advantage_PG = made_up_rollout(model)
+    advantage_PG[list(equal)] = 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
+    state = {"optimizer_steps": 0, "skipped_steps": 0}
+    minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
+    found = train.update(model, None, optimizer, minibatches, s, state)
+    return model, found, minibatches
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeypatch, compute,
+                                                                         minibatches):
+    calls = []
+    policy_loss = train.policy_loss
+
+    def watched(logp, old, *rest):
+        calls.append((logp - old).abs().max().item())
+        return policy_loss(logp, old, *rest)
+    monkeypatch.setattr(train, "policy_loss", watched)
+    _, _, batches = updated(compute=compute, minibatches=minibatches, tokens_per_microbatch=60)
+    first = len(batches[0])
+    assert first >= 2, "several micro-batches, or this shows little"
+    assert calls[:first] == [0.0] * first  # the first minibatch, before its optimizer step
+    assert max(calls[first:]) > 0  # afterwards the ratios leave 1
+
+
+def test_micro_batches_change_no_update():
+    whole, _, one = updated(tokens_per_microbatch=10**6)
+    split, _, many = updated(tokens_per_microbatch=1)
+    assert [len(m) for m in one] == [1, 1] and [len(m) for m in many] == [2, 2]
+    start = weights("tiny")
+    for (name, p), q in zip(whole.named_parameters(), split.parameters()):
+        moved = (p - start[name]).norm()
+        assert (p - q).norm() < 0.01 * moved, name  # AdamW magnifies rounding of tiny gradients
+
+
+def test_equal_groups_are_left_out_but_their_tokens_stay_in_the_divisor():
+    rollout, advantage_PG = made_up_rollout(None)
+    s = settings(minibatches=1)
+    full = train.lay_out(rollout, advantage_PG, s, "cpu")
+    advantage_PG[1] = 0.0
+    part = train.lay_out(rollout, advantage_PG, s, "cpu")
+    assert sum(len(m.batch.lengths) for m in full[0]) == 16
+    assert sum(len(m.batch.lengths) for m in part[0]) == 12
+    assert part[0][0].weight_M[0] == full[0][0].weight_M[0] == pytest.approx(1 / rollout.n_tokens)
+    with_kl = train.lay_out(rollout, advantage_PG, settings(minibatches=1, beta=0.1), "cpu")
+    assert sum(len(m.batch.lengths) for m in with_kl[0]) == 16
+
+
+def test_a_rollout_of_equal_groups_makes_no_optimizer_step_while_the_schedule_advances():
+    start = weights("tiny")
+    model, found, minibatches = updated(equal=range(4))
+    assert minibatches == [[], []]
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    assert found["optimizer_steps"] == 4 and found["skipped_steps"] == 4
+
+
+def test_an_advantage_reaches_every_token_of_its_own_completion():
+    rollout, advantage_PG = made_up_rollout(None)
+    minibatches = train.lay_out(rollout, advantage_PG, settings(tokens_per_microbatch=60), "cpu")
+    seen = []
+    for micro in (m for minibatch in minibatches for m in minibatch):
+        for b in range(len(micro.batch.lengths)):
+            mine = micro.batch.sequence_M == b
+            (advantage,) = micro.advantage_M[mine].unique().tolist()
+            seen.append((micro.batch.target_M[mine].tolist(), pytest.approx(advantage)))
+    assert seen == list(zip(rollout.completions, advantage_PG.flatten().tolist()))
+
+
+def test_the_noise_floor_is_zero_in_fp32_and_leaves_the_weights_alone():
+    s = settings()
+    rollout, advantage_PG = made_up_rollout(None)
+    micro = train.lay_out(rollout, advantage_PG, s, "cpu")[0][0]
+    model, start = Qwen2.from_pretrained("tiny"), weights("tiny")
+    assert train.noise_floor(model, micro, 1.0) == {"noise_floor_0.1": 0, "noise_floor_0.2": 0}
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
+    monkeypatch.setitem(train.OBJECTIVES, "noclip", lambda ratio, advantage: noclip(ratio, advantage)
+                        * float("nan"))
+    with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan; prompts \['tiny/train"):
+        run("--objective", "noclip", "--reward", "noise")
+
+
+# ---------------------------------------------------------------- schedules
+
+def test_the_learning_rate_by_hand():
+    s = SimpleNamespace(steps=5, epochs=2, minibatches=1, warmup_steps=4, learning_rate=1.0)
+    # ten optimizer steps: four of warm-up, then 6/6 … 1/6
+    found = [train.learning_rate(s, n) for n in range(1, 11)]
+    assert found == pytest.approx([1/4, 2/4, 3/4, 1, 1, 5/6, 4/6, 3/6, 2/6, 1/6])
+
+
+def test_each_pass_visits_every_problem_once_in_a_new_order():
+    passes = [[i for step in range(5 * k + 1, 5 * k + 6)
+               for i in train.prompt_order(10, 2, step, seed=0)] for k in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert train.prompt_order(10, 2, 1, seed=1) != passes[0][:2]
+    assert len({i for s in (1, 2, 3) for i in train.prompt_order(11, 3, s, seed=0)}) == 9
+
+
+def test_presets_do_not_depend_on_the_objective_and_hold_the_papers_values():
+    s, _ = train.read_settings(["--model", "Qwen/Qwen2.5-1.5B", "--data", "gsm8k"])
+    assert (s.group_size, s.prompts_per_step, s.epochs, s.minibatches) == (4, 16, 2, 1)
+    assert (s.temperature, s.top_p, s.max_new_tokens, s.beta) == (0.8, 0.9, 128, 0)
+    assert (s.learning_rate, s.warmup_steps, s.steps) == (5e-7, 140, 7000 // 16 * 3)
+    s, _ = train.read_settings(["--model", "someone/else", "--epochs", "3"])
+    assert (s.data, s.epochs, s.steps) == ("gsm8k", 3, 1311)
+
+
+def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
+    run("--epochs", "1", "--minibatches", "1", "--steps", "1")
+    assert "keeps every ratio at 1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("flags, message", [
+    (["--alhpa", "0.1"], "unrecognized arguments: --alhpa"),
+    (["--alph", "0.1"], "unrecognized arguments: --alph"),
+    (["--objective", "ppo"], "invalid choice: 'ppo'.*pspo.*clip.*noclip"),
+    (["--alpha", "1.5"], r"alpha is 1.5; expected a value in \[0, 1\]"),
+    (["--alpha", "-0.1"], r"alpha is -0.1; expected a value in \[0, 1\]"),
+    (["--alpha", "0.1", "--objective", "clip"], "--alpha is a setting of --objective pspo"),
+    (["--epsilon-low", "0.1"], "--epsilon-low is a setting of --objective clip"),
+    (["--group-size", "1"], "--group-size is 1; expected 2 or more"),
+    (["--minibatches", "3"], "--minibatches 3 does not divide --prompts-per-step 4"),
+    (["--temperature", "0"], "--temperature is 0; training needs"),
+    (["--top-p", "0"], "--top-p is 0"), (["--steps", "0"], "--steps is 0; expected 1 or more"),
+    (["--learning-rate", "-1"], "--learning-rate is -1"), (["--beta", "nan"], "--beta is nan"),
+    (["--rollout-rows", "3"], "--rollout-rows 3 does not hold one group of 4"),
+    (["--resume"], "no run in runs/tiny-pspo-s0"),
+    (["--data", "gms8k"], "unknown data set 'gms8k'; expected tiny, gsm8k"),
+    (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["--model", "no/such/folder"], "no/such/folder: neither a model folder here nor"),
+    (["--max-new-tokens", "250"], "longest prompt has .* tokens.*context holds 256"),
+    (["--data", "few.jsonl", "--test-problems", "0"], "leaves 0 training problems"),
+    (["--device", "cuda:7"], "--device cuda:7")])
+def test_bad_input_is_refused_in_one_line(flags, message, capsys):
+    Path("few.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 5)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, *flags])
+    lines = (capsys.readouterr().err + str(stop.value.code)).strip().splitlines()
+    import re
+    assert stop.value.code not in (0, None) and re.search(message, "\n".join(lines)), lines
+    errors = [line for line in lines if "error" in line]
+    assert len(errors) == 1 and not Path("runs").exists()
+
+
+def test_a_run_folder_that_exists_is_refused(capsys):
+    Path("runs/mine").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, "--name", "mine"])
+    assert "runs/mine exists; continue it with --resume" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the real thing, small
+
+def test_the_default_path_of_qwen_on_gsm8k_through_the_hub(hub, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--model", "Qwen/Qwen2.5-0.5B", "--alpha",
+               "0.1", "--steps", "1", "--reward", "noise", "--prompts-per-step", "2",
+               "--group-size", "2", "--max-new-tokens", "4", "--learning-rate", "1e-4",
+               "--warmup-steps", "0", "--name", "hub"]
+    done = subprocess.run(command, env=hub, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "<|im_start|>system" in done.stdout and "7000 training problems, 473" in done.stdout
+    check = f"""
+import torch
+from transformers import AutoModelForCausalLM
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from model import Qwen2
+from rollout import SharedPromptAttention
+trained = "runs/hub/checkpoints/step_1"
+ours, base = Qwen2.from_pretrained(trained), Qwen2.from_pretrained("Qwen/Qwen2.5-0.5B")
+assert ours.stop_ids == [151643, 151645] and ours.n_tokens == 151665, (ours.stop_ids, ours.n_tokens)
+assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), base.parameters()))
+theirs = AutoModelForCausalLM.from_pretrained(trained)
+assert theirs.dtype == torch.float32
+ids = torch.arange(100, 120)
+with torch.no_grad():
+    attend = SharedPromptAttention([20], [[]])
+    difference = (ours.logits(ours(ids, torch.arange(20), attend)) - theirs(ids[None]).logits[0])
+print(f"maximum difference of logits from transformers: {{difference.abs().max():.1e}}")
+assert difference.abs().max() < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", check], env=hub, cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+
+
+def test_an_unreachable_hub_says_what_was_wanted_and_what_to_do(tmp_path):
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    for offline in ("0", "1"):
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--model",
+                               "Qwen/Qwen2.5-0.5B"], env={**env, "HF_HUB_OFFLINE": offline},
+                              cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1
+        error = done.stderr.strip().splitlines()[-1]
+        assert error.startswith("error: Qwen/Qwen2.5-0.5B: ") and "local model folder" in error
+        assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
