@@ -3,8 +3,8 @@
 What it does    samples answers with rollout.py, grades them with rewards.py, and writes a table
                 (results.md, results.json) and every completion (completions.jsonl).
 What it leaves  sampling to rollout.py, what counts as correct to rewards.py.
-Run it alone    python evaluate.py tiny/model runs/tiny-pspo-s0/best --data tiny
-Where to fork   `grade` is one row per completion, `summarise` one table row: add a column there.
+Run it alone    python evaluate.py tiny runs/tiny-pspo-s0/best --data tiny
+Where to fork   `grade` makes a row per completion, `summarise` one of the table: add columns there.
 """
 import argparse
 import json
@@ -46,29 +46,35 @@ def room_for(model, prompts, max_new_tokens):
     return min(max_new_tokens, model.context - longest)
 
 
-def grade(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512, seed=0,
-          step=0, max_rows=256, progress="evaluate"):
-    """Answer every problem `samples` times and grade each answer: a list of dicts, one a row.
+def grade(rollout, problems, tokenizer, progress=None):
+    """Grade every completion of a rollout, problems[p] being prompt p: a list of dicts, one a row.
 
     Rows hold problem (id), sample, text, n_tokens, finished, strict, flexible and format (bools).
+    """
+    rows, G = [], rollout.group_size
+    for b, ids in enumerate(tqdm(rollout.completions, desc=progress, unit="answer", leave=False,
+                                 delay=2, disable=progress is None)):
+        problem, finished = problems[b // G], rollout.finished[b]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        rows.append({"problem": problem.id, "sample": b % G, "text": text, "n_tokens": len(ids),
+                     "finished": finished,
+                     "strict": is_correct(text, problem.gold, "strict", finished),
+                     "flexible": is_correct(text, problem.gold, "flexible", finished),
+                     "format": has_format(text, finished, problem.gold)})
+    return rows
+
+
+def answer(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512, seed=0,
+           step=0, max_rows=256, progress="evaluate"):
+    """Answer every problem `samples` times and grade each answer: rows as `grade` makes them.
+
     Draws depend on (seed, step, problem index, sample, position) alone.
     """
     prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
     rollout = generate(model.for_sampling(), prompts, samples,
                        room_for(model, prompts, max_new_tokens), temperature, top_p, seed, step,
                        max_rows=max(max_rows, samples), progress=progress)
-    rows = []
-    bar = tqdm(rollout.completions, desc="grading", unit="answer", leave=False, delay=2,
-               disable=progress is None)
-    for b, ids in enumerate(bar):
-        problem, finished = problems[b // samples], rollout.finished[b]
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
-        rows.append({"problem": problem.id, "sample": b % samples, "text": text,
-                     "n_tokens": len(ids), "finished": finished,
-                     "strict": is_correct(text, problem.gold, "strict", finished),
-                     "flexible": is_correct(text, problem.gold, "flexible", finished),
-                     "format": has_format(text, finished, problem.gold)})
-    return rows
+    return grade(rollout, problems, model.tokenizer, progress and "grading")
 
 
 def summarise(rows, samples):
@@ -144,9 +150,9 @@ def main(argv=None):
                     for temperature in args.temperature:
                         samples = 1 if temperature == 0 else args.samples
                         about = {"model": name, "data": data, "temperature": temperature}
-                        rows = grade(model, problems, samples, temperature, args.top_p,
-                                     args.max_new_tokens, args.seed, max_rows=args.rollout_rows,
-                                     progress=f"{name} {data} T={temperature:g}")
+                        rows = answer(model, problems, samples, temperature, args.top_p,
+                                      args.max_new_tokens, args.seed, max_rows=args.rollout_rows,
+                                      progress=f"{name} {data} T={temperature:g}")
                         for row in rows:
                             file.write(json.dumps({**about, **row}) + "\n")
                         summaries.append({**about, **summarise(rows, samples)})

@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluate import grade, summarise
+from evaluate import answer, grade, summarise
 from model import Qwen2, write_json
 from objectives import (
     OBJECTIVES,
@@ -51,7 +51,7 @@ from objectives import (
     ratio_diagnostics,
     reduction_weights,
 )
-from rewards import build_prompt, has_format, is_correct, load_problems, reward
+from rewards import build_prompt, load_problems, reward
 from rollout import FlatBatch, check_sampling, flat_batch, generate
 
 HERE = Path(__file__).resolve().parent
@@ -374,24 +374,24 @@ def noise_floor(model, micro, temperature):
             for limit in (0.1, 0.2)}
 
 
-def mean_se(values):
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-    return mean, math.sqrt(variance / len(values))
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 # ------------------------------------------------------------------ files of a run
 
-def save_checkpoint(folder, model, optimizer, step, state, best, keep):
-    """checkpoints/step_N/, all or nothing: the model in the hub's format and trainer's state."""
-    final = folder / "checkpoints" / f"step_{step}"
-    partial_folder = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    model.save_pretrained(partial_folder)
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "state": state, "best": best},
-               partial_folder / "trainer.pt")
+def save_checkpoint(folder, run, keep):
+    """checkpoints/step_N/, all or nothing: the model in the hub's format and the trainer's state.
+    Only the newest `keep` stay."""
+    final = folder / "checkpoints" / f"step_{run.step}"
+    unfinished = final.with_name(final.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    run.model.save_pretrained(unfinished)
+    torch.save({"optimizer": run.optimizer.state_dict(), "step": run.step, "best": run.best,
+                "state": run.state}, unfinished / "trainer.pt")
     shutil.rmtree(final, ignore_errors=True)
-    partial_folder.rename(final)
+    unfinished.rename(final)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -453,30 +453,31 @@ def draw_curves(folder):
                 axis.plot(*zip(*points), style, label=key,
                           marker="o" if key.startswith("validation") else None, markersize=4)
         axis.set(title=title, xlabel="step")
-        axis.legend(frameon=False, fontsize=8)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
 
 
 # ------------------------------------------------------------------ what the console says
 
-def announce(s, model, train, validation, prompts):
-    """The arithmetic of the run, before any of it is computed."""
+def announce(s, run):
+    """The arithmetic of the run, before any of it is computed, and its first prompt."""
     G, P = s.group_size, s.prompts_per_step
-    n_parameters = sum(p.numel() for p in model.parameters())
-    c = model.config
+    n_parameters = sum(p.numel() for p in run.model.parameters())
+    c = run.model.config
     kv_bytes = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]
     kv_bytes *= 2 if s.dtype == "bf16" else 4
-    longest, rows = max(map(len, prompts)), min(s.rollout_rows, P * G)
+    longest, rows = max(map(len, run.prompts)), min(s.rollout_rows, P * G)
     cache_gib = kv_bytes * (rows * s.max_new_tokens + rows / G * longest) / 2**30
     optimizer_steps = s.epochs * s.minibatches
-    print(f"data       {len(train)} training problems, {len(validation)} for validation; "
-          f"prompts of at most {longest} tokens")
+    print(f"data       {len(run.problems)} training problems, {len(run.validation)} for "
+          f"validation; prompts of at most {longest} tokens")
     print(f"step       {P} prompts × {G} completions = {P * G}, at most "
           f"{P * G * s.max_new_tokens:,} new tokens; {s.epochs} epochs × {s.minibatches} "
           f"minibatches = {optimizer_steps} optimizer steps")
     print(f"run        {s.steps} steps = {s.steps * optimizer_steps} optimizer steps, "
-          f"{s.steps * P / len(train):.2f} passes over the training problems")
+          f"{s.steps * P / len(run.problems):.2f} passes over the training problems")
     print(f"memory     {16 * n_parameters / 2**30:.2f} GiB weights, gradients and AdamW state of "
           f"{n_parameters:,} parameters; {cache_gib:.2f} GiB cache while sampling; activations "
           f"of {s.tokens_per_microbatch:,} tokens on top")
@@ -484,6 +485,8 @@ def announce(s, model, train, validation, prompts):
         print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
               f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
               file=sys.stderr)
+    first = run.prompts[prompt_order(len(run.prompts), P, 1, s.seed)[0]]
+    print(f"prompt 1   {run.model.tokenizer.decode(first)!r}\n           {first}\n")
 
 
 CONSOLE = {  # heading -> metric, format
@@ -511,159 +514,163 @@ def console_heading():
 
 # ------------------------------------------------------------------ the run
 
-def load(s, checkpoint):
-    """All that can be missing: model, reference model or None, problems, prompts to train on."""
+def prepare(s, folder):
+    """All that a run needs, as one namespace: model, reference (None unless β > 0), optimizer,
+    problems to train on with their prompts, validation and test problems, and where it stands:
+    step, best (validation reward so far), state (counters of optimizer steps).
+
+    Raises ValueError and OSError for what is missing or does not fit, before anything is written.
+    """
+    checkpoint = newest_checkpoint(folder) if s.resume else None
     dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
     model = Qwen2.from_pretrained(checkpoint or s.model, s.device, dtype)
     reference = Qwen2.from_pretrained(s.model, s.device, dtype).for_sampling() if s.beta else None
-    train = load_problems(s.data, "train")
-    if s.data == "tiny":
-        validation = load_problems(s.data, "validation")[:s.validation_problems]
-    else:
-        order = list(range(len(train)))
-        random.Random(f"{s.seed}/validation").shuffle(order)
-        validation = [train[i] for i in order[:s.validation_problems]]
-        train = [train[i] for i in order[s.validation_problems:]]
-    if len(train) < s.prompts_per_step:
-        raise ValueError(f"--prompts-per-step is {s.prompts_per_step}, but {s.data} leaves "
-                         f"{len(train)} training problems beside {len(validation)} for validation")
-    test = load_problems(s.data, "test")[:s.test_problems] if s.test_problems else []
+    problems, validation, test = split_problems(s)
     prompts = [build_prompt(model.tokenizer, problem)
-               for problem in tqdm(train, desc="prompts", leave=False, delay=2)]
+               for problem in tqdm(problems, desc="prompts", leave=False, delay=2)]
     longest = max(map(len, prompts))
     if longest + s.max_new_tokens > model.context:
         raise ValueError(f"the longest prompt has {longest} tokens and --max-new-tokens is "
                          f"{s.max_new_tokens}; the model's context holds {model.context}")
-    return model, reference, train, validation, test, prompts
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
+                                  eps=1e-8, weight_decay=0.0, fused=True)
+    run = argparse.Namespace(
+        model=model, reference=reference, optimizer=optimizer, problems=problems, prompts=prompts,
+        validation=validation, test=test, step=0, best=-math.inf,
+        state={"optimizer_steps": 0, "skipped_steps": 0})
+    if checkpoint:
+        trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device, weights_only=True)
+        optimizer.load_state_dict(trainer.pop("optimizer"))
+        vars(run).update(trainer)  # step, best and state
+    return run
+
+
+def split_problems(s):
+    """(training, validation, test) problems. A set without validation split gives some of its
+    training problems, chosen by the seed."""
+    train = load_problems(s.data, "train")
+    if s.data == "tiny":
+        validation = load_problems(s.data, "validation")[:s.validation_problems]
+    else:
+        random.Random(f"{s.seed}/validation").shuffle(train)
+        validation, train = train[:s.validation_problems], train[s.validation_problems:]
+    if len(train) < s.prompts_per_step:
+        raise ValueError(f"--prompts-per-step is {s.prompts_per_step}, but {s.data} leaves "
+                         f"{len(train)} training problems beside {len(validation)} for validation")
+    test = load_problems(s.data, "test")[:s.test_problems] if s.test_problems else []
+    return train, validation, test
 
 
 def score(rollout, problems, tokenizer, s, step):
-    """Texts, rewards (P, G) and the metrics of what was sampled."""
+    """Grade a rollout: rows as evaluate.grade makes them, reward_PG, and the metrics of both."""
     G = rollout.group_size
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.completions]
-    rewards, correct, formatted = [], [], []
-    for b, (text, finished) in enumerate(zip(texts, rollout.finished)):
-        gold = problems[b // G].gold
-        rewards.append(float(reward(text, gold, finished, s.reward, key=(s.seed, step, b))))
-        correct.append(is_correct(text, gold, "flexible", finished))
-        formatted.append(has_format(text, finished, gold))
-    reward_PG = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
-    lengths, n = [len(ids) for ids in rollout.completions], len(texts)
-    ended = [length for length, finished in zip(lengths, rollout.finished) if finished]
-    mean, se = mean_se(rewards)
-    return texts, reward_PG, {
-        "reward_mean": mean, "reward_se": se, "accuracy": sum(correct) / n,
-        "format_rate": sum(formatted) / n, "length_mean": sum(lengths) / n,
-        "length_finished": sum(ended) / len(ended) if ended else 0.0,
-        "truncated": 1 - len(ended) / n,
+    rows = grade(rollout, problems, tokenizer)
+    for b, row in enumerate(rows):
+        row["reward"] = reward(row["text"], problems[b // G].gold, row["finished"], s.reward,
+                               key=(s.seed, step, b))
+    reward_PG = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
+    finished = [row["n_tokens"] for row in rows if row["finished"]]
+    return rows, reward_PG, {
+        "reward_mean": reward_PG.mean().item(),
+        "reward_se": (reward_PG.std() / len(rows)**0.5).item(),
+        "accuracy": mean(row["flexible"] for row in rows),
+        "format_rate": mean(row["format"] for row in rows),
+        "length_mean": rollout.n_tokens / len(rows),
+        "length_finished": mean(finished), "truncated": 1 - len(finished) / len(rows),
         "equal_groups": (reward_PG == reward_PG[:, :1]).all(1).double().mean().item(),
-        "sample_s": rollout.seconds, "sample_tokens_per_s": sum(lengths) / rollout.seconds}
+        "sample_s": rollout.seconds, "sample_tokens_per_s": rollout.n_tokens / rollout.seconds}
 
 
-def validate(model, problems, s):
-    """Mean reward and accuracy on the validation problems, sampled as in training."""
-    rows = grade(model, problems, s.validation_samples, s.temperature, s.top_p, s.max_new_tokens,
-                 s.seed, VALIDATION_STEP, s.rollout_rows, progress="validation")
-    golds = [p.gold for p in problems for _ in range(s.validation_samples)]
-    rewards = [reward(row["text"], gold, row["finished"], s.reward, key=(s.seed, b))
-               for b, (row, gold) in enumerate(zip(rows, golds))]
-    return {"validation_reward": sum(rewards) / len(rewards),
-            "validation_accuracy": sum(row["flexible"] for row in rows) / len(rows),
-            "validation_format_rate": sum(row["format"] for row in rows) / len(rows)}
+def validate(run, s, folder):
+    """Mean reward and accuracy on the validation problems, sampled as in training; a new best
+    model is saved to best/."""
+    rows = answer(run.model, run.validation, s.validation_samples, s.temperature, s.top_p,
+                  s.max_new_tokens, s.seed, VALIDATION_STEP, s.rollout_rows, progress="validation")
+    golds = [p.gold for p in run.validation for _ in range(s.validation_samples)]
+    metrics = {"validation_reward": mean(
+                   reward(row["text"], gold, row["finished"], s.reward, key=b)
+                   for b, (row, gold) in enumerate(zip(rows, golds))),
+               "validation_accuracy": mean(row["flexible"] for row in rows),
+               "validation_format_rate": mean(row["format"] for row in rows)}
+    if metrics["validation_reward"] > run.best:
+        run.best = metrics["validation_reward"]
+        run.model.save_pretrained(folder / "best")
+    return metrics
+
+
+def one_step(run, s, step):
+    """Sample → score → advantages → update: (metrics, graded rows with their advantages)."""
+    chosen = prompt_order(len(run.problems), s.prompts_per_step, step, s.seed)
+    problems = [run.problems[i] for i in chosen]
+    rollout = generate(run.model.for_sampling(), [run.prompts[i] for i in chosen], s.group_size,
+                       s.max_new_tokens, s.temperature, s.top_p, s.seed, step, chosen,
+                       s.rollout_rows, progress="sampling")
+    rows, reward_PG, metrics = score(rollout, problems, run.model.tokenizer, s, step)
+    advantage_PG = group_advantages(reward_PG, s.advantage_scale).float()
+    minibatches = lay_out(rollout, advantage_PG, s, run.model.device)
+    if step == 1 and any(minibatches):
+        metrics |= noise_floor(run.model, next(filter(None, minibatches))[0], s.temperature)
+    try:
+        metrics |= update(run.model, run.reference, run.optimizer, minibatches, s, run.state)
+    except FloatingPointError as e:
+        raise FloatingPointError(f"step {step}: {e}; prompts {[p.id for p in problems]}") from e
+    metrics["peak_memory_gib"] = peak_memory_gib(s.device)
+    for row, advantage in zip(rows, advantage_PG.flatten().tolist()):
+        row |= {"step": step, "advantage": advantage}
+    return metrics, rows
 
 
 def train(s, folder, stopping=()):
-    """The loop. Returns the exit code: 0, or 130 where `stopping` became non-empty (Ctrl-C)."""
+    """The run. Returns the exit code: 0, or 130 where `stopping` became non-empty (Ctrl-C)."""
     torch.set_num_threads(s.threads)
     if s.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     print(f"run        {folder}: --model {s.model} --data {s.data} --objective {s.objective}, "
           f"{s.dtype} on {s.device}, seed {s.seed}")
-    checkpoint = newest_checkpoint(folder) if s.resume else None
     try:
-        model, reference, problems, validation, test, prompts = load(s, checkpoint)
+        run = prepare(s, folder)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    announce(s, model, problems, validation, prompts)
-    first = prompt_order(len(problems), s.prompts_per_step, 1, s.seed)[0]
-    print(f"prompt 1   {model.tokenizer.decode(prompts[first])!r}\n           {prompts[first]}\n")
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=0.0, fused=True)
-    state, best, done = {"optimizer_steps": 0, "skipped_steps": 0}, -math.inf, 0
-    if checkpoint:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device, weights_only=True)
-        optimizer.load_state_dict(trainer["optimizer"])
-        done, state, best = trainer["step"], trainer["state"], trainer["best"]
+    announce(s, run)
+    if s.resume:
         for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_rows(folder / name, done)
-        print(f"resume     after step {done}")
+            cut_rows(folder / name, run.step)
+        print(f"resume     after step {run.step}")
     else:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
     wandb_run = open_wandb(s, folder)
 
-    def log(metrics):
-        append_rows(folder / "metrics.jsonl", metrics)
-        tqdm.write(console_line(metrics))
-        if wandb_run:
-            wandb_run.log(metrics, step=metrics["step"])
-
-    def validated(step):
-        """Validation metrics of a step that has them; a new best is saved to best/."""
-        nonlocal best
-        if step % s.validate_every or s.steps < s.validate_every:
-            return {}
-        metrics = validate(model, validation, s)
-        if metrics["validation_reward"] > best:
-            best = metrics["validation_reward"]
-            model.save_pretrained(folder / "best")
-        return metrics
-
     tqdm.write(console_heading())
-    if done == 0 and s.steps >= s.validate_every:
-        log({"step": 0, **validated(0)})
-    last = min(s.steps, s.stop_after or s.steps)
-    bar = tqdm(range(done + 1, last + 1), desc="training", unit="step", initial=done,
-               total=s.steps)
-    for step in bar:
-        chosen = prompt_order(len(problems), s.prompts_per_step, step, s.seed)
-        rollout = generate(model.for_sampling(), [prompts[i] for i in chosen], s.group_size,
-                           s.max_new_tokens, s.temperature, s.top_p, s.seed, step, chosen,
-                           s.rollout_rows, progress="sampling")
-        texts, reward_PG, metrics = score(rollout, [problems[i] for i in chosen],
-                                          model.tokenizer, s, step)
-        advantage_PG = group_advantages(reward_PG, s.advantage_scale).float()
-        minibatches = lay_out(rollout, advantage_PG, s, model.device)
-        if step == 1 and any(minibatches):
-            metrics |= noise_floor(model, next(filter(None, minibatches))[0], s.temperature)
+    first, last = run.step, min(s.steps, s.stop_after or s.steps)
+    if not s.resume and s.validate_every <= s.steps:
+        first = -1  # step 0 validates the start model and trains nothing
+    for step in tqdm(range(first + 1, last + 1), desc="training", unit="step", initial=first + 1,
+                     total=s.steps + 1):
         try:
-            metrics |= update(model, reference, optimizer, minibatches, s, state)
+            metrics, rows = one_step(run, s, step) if step else ({}, [])
         except FloatingPointError as e:
             kept = checkpoints(folder)
-            sys.exit(f"error: step {step}: {e}; prompts {[problems[i].id for i in chosen]}; the "
-                     f"last good checkpoint is {kept[-1] if kept else 'none yet'}")
-        metrics["peak_memory_gib"] = peak_memory_gib(s.device)
-        metrics |= validated(step)
-        log({"step": step, **metrics})
-        append_rows(folder / "samples.jsonl", *(
-            {"step": step, "problem": problems[chosen[b // s.group_size]].id, "text": texts[b],
-             "finished": rollout.finished[b], "reward": reward_PG.flatten()[b].item(),
-             "advantage": advantage_PG.flatten()[b].item()}
-            for b in range(SAMPLE_GROUPS * s.group_size)))
-        if step % s.checkpoint_every == 0 or step == last or stopping:
-            save_checkpoint(folder, model, optimizer, step, state, best, s.keep)
+            sys.exit(f"error: {e}; last good checkpoint: {kept[-1] if kept else 'none yet'}")
+        if step % s.validate_every == 0:
+            metrics |= validate(run, s, folder)
+        append_rows(folder / "metrics.jsonl", {"step": step, **metrics})
+        append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
+        tqdm.write(console_line({"step": step, **metrics}))
+        if wandb_run:
+            wandb_run.log(metrics, step=step)
+        run.step = step
+        if stopping or step == last or (step and step % s.checkpoint_every == 0):
+            save_checkpoint(folder, run, s.keep)
             draw_curves(folder)
         if stopping:
             break
-    bar.close()
-    if stopping or last < s.steps:
-        print(f"stopped after step {checkpoints(folder)[-1].name[5:]} of {s.steps}; go on with "
-              f"--resume --name {s.name}")
+    if run.step < s.steps:
+        print(f"stopped after step {run.step} of {s.steps}; go on with --resume --name {s.name}")
         return 130 if stopping else 0
     if not (folder / "best").exists():  # a run too short to reach a validation
-        model.save_pretrained(folder / "best")
-    finish(s, folder, test)
+        run.model.save_pretrained(folder / "best")
+    finish(s, folder, run.test)
     return 0
 
 
@@ -676,8 +683,8 @@ def finish(s, folder, test):
     scores = []
     for path in (s.model, folder / "best"):
         dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
-        rows = grade(Qwen2.from_pretrained(path, s.device, dtype), test, max_rows=s.rollout_rows,
-                     progress="test")
+        rows = answer(Qwen2.from_pretrained(path, s.device, dtype), test, max_rows=s.rollout_rows,
+                      progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": s.data, "n_problems": len(test),
                                       "base_strict": scores[0], "best_strict": scores[1]})

@@ -66,7 +66,7 @@ def test_one_table_for_two_models_and_everything_is_written(capsys):
 def test_batches_change_no_answer():
     model, problems = Qwen2.from_pretrained("tiny"), load_problems("tiny")[:12]
     for temperature in (0.0, 1.0):
-        rows = [evaluate.grade(model, problems, 3, temperature, max_rows=n, progress=None)
+        rows = [evaluate.answer(model, problems, 3, temperature, max_rows=n, progress=None)
                 for n in (3, 256)]
         assert rows[0] == rows[1]
 
