@@ -253,7 +253,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     seed, step, prompt_keys: what the draws are keyed by, beside sample and position; the keys are
         one int per prompt (default: its index), so a prompt draws alike in any company.
     max_rows: completions in flight at once; more prompts run in waves of whole groups.
-    progress: label of a progress bar over completions, or None.
+    progress: label of a progress bar over tokens, or None; a row that ends early gives up the rest.
     Raises ValueError where a prompt is empty or leaves no room for max_new_tokens.
     """
     began = time.perf_counter()
@@ -268,8 +268,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
     wave = max_rows // group_size
     rollout = Rollout(list(prompts), [], [], [], group_size, 0.0)
-    bar = tqdm(total=len(prompts) * group_size, desc=progress, unit="completion", leave=False,
-               disable=progress is None, delay=2)
+    bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
+               unit_scale=True, leave=False, disable=progress is None, delay=2)
     for i in range(0, len(prompts), wave):
         result = decode(model, prompts[i:i + wave], keys[i:i + wave], group_size, max_new_tokens,
                         temperature, top_p, seed, step, bar)
@@ -324,7 +324,8 @@ def decode(model, prompts, keys, group_size, max_new_tokens, temperature, top_p,
             break
         if t % LOOK_EVERY == LOOK_EVERY - 1:
             keep = (~finished_B[row_R]).nonzero().squeeze(1)
-            bar.update(len(row_R) - len(keep))
+            n_ended = len(row_R) - len(keep)
+            bar.update(len(row_R) * LOOK_EVERY + n_ended * (max_new_tokens - t - 1))
             if len(keep) == 0:
                 break
             if len(keep) < len(row_R):
@@ -334,7 +335,6 @@ def decode(model, prompts, keys, group_size, max_new_tokens, temperature, top_p,
         hidden_RC = model(token_R, length_R + t, cache)
         cache.t += 1
         logp_RV = model.log_probs(hidden_RC, temperature or 1.0)
-    bar.update(len(row_R) if t + 1 == max_new_tokens else 0)
 
     lengths = length_B.tolist()
     return ([row[:n] for row, n in zip(token_BT.tolist(), lengths)],

@@ -1,0 +1,90 @@
+"""The README says what the code does: its flags, metrics, line counts and commands."""
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows_of_table(heading):
+    """The cells of the first table after a heading, without its two header lines."""
+    lines = README.split(heading, 1)[1].split("\n")
+    table = []
+    for line in lines:
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif table:
+            break
+    return table[2:]
+
+
+def test_every_flag_of_train_is_in_the_table_with_its_default():
+    parser = train.make_parser()
+    by_device = {"model", "device", "dtype", "threads"}
+    flags = {}
+    for action in parser._actions:
+        if action.dest != "help":
+            default = "by device" if action.dest in by_device else str(action.default)
+            embedded = train.PRESETS["tiny"].get(action.dest, "")
+            flags[action.option_strings[0]] = (default, str(embedded))
+    found = {row[0].strip("`"): (row[2], row[3]) for row in rows_of_table("## All flags")}
+    assert found == flags
+
+
+def test_the_presets_of_the_table_are_the_papers():
+    # the parser's defaults are the paper's values, so that the table shows both presets
+    defaults = vars(train.make_parser().parse_args([]))
+    assert {k: defaults[k] for k in train.PAPER} == train.PAPER
+
+
+def test_the_glossary_is_exactly_what_a_run_logs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "stop_on_ctrl_c", lambda: [])
+    train.main(["--model", "tiny", "--steps", "1", "--validate-every", "1", "--beta", "0.1",
+                "--validation-problems", "2", "--test-problems", "0", "--reward", "noise"])
+    logged = set().union(*train.read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))
+    glossary = {key for row in rows_of_table("### The logged metrics")
+                for key in re.findall(r"`([^`]+)`", row[0])}
+    assert glossary == logged
+
+
+def test_the_reading_order_names_every_file_with_about_its_length():
+    files = {row[0].strip("`"): int(row[1]) for row in rows_of_table("## Read it")}
+    assert set(files) == {p.name for p in ROOT.glob("*.py")}
+    for name, n_lines in files.items():
+        real = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(n_lines - real) <= 0.1 * real, (name, n_lines, real)
+
+
+def test_the_commands_of_the_readme_parse():
+    parsers = {"train.py": train.make_parser, "evaluate.py": evaluate.make_parser}
+    commands = re.findall(r"(?:^|&& )python (train|evaluate)\.py +(.*?)(?:#.*)?$", README,
+                          re.M)
+    assert len(commands) > 8
+    for script, arguments in commands:
+        words = re.findall(r'"[^"]*"|\S+', arguments)
+        parsed = parsers[script + ".py"]().parse_args(words)
+        assert isinstance(parsed, argparse.Namespace)
+
+
+def test_the_two_promises_are_marked():
+    for name in ("run", "test"):
+        assert re.search(rf"<!-- fresh: {name} -->\n```\n.+\n```", README)
+
+
+def test_the_python_of_the_readme_works_as_it_says(monkeypatch):
+    import torch
+
+    import objectives
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    exec(code, vars(objectives))
+    value = objectives.OBJECTIVES["halfway"](torch.tensor([2.0, 2.0]), torch.tensor([1.0, -1.0]))
+    assert value.tolist() == pytest.approx([1.9, -2.0])  # 0.9·2 + 0.1 where A > 0; −2 elsewhere
+    assert list(train.objective_settings("clip")) == ["epsilon_low", "epsilon_high"]
