@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import Qwen2
+from model import DTYPES, Qwen2, model_folder
 from rewards import build_prompt, has_format, is_correct, load_problems
-from rollout import check_sampling, generate
+from rollout import check_sampling, generate, room_for
 
 COLUMNS = {  # of the Markdown table: heading -> key of `summarise`, format
     "model": ("model", "s"), "data": ("data", "s"), "n": ("n_problems", "d"),
@@ -35,15 +35,6 @@ def pass_at_k(n, c, k):
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"n {n}, c {c}, k {k}: expected 0 ≤ c ≤ n and 1 ≤ k ≤ n")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def room_for(model, prompts, max_new_tokens):
-    """max_new_tokens, or what the longest prompt leaves of the model's context if that is less."""
-    longest = max(map(len, prompts))
-    if longest >= model.context:
-        raise ValueError(f"the longest prompt has {longest} tokens; the model's context holds "
-                         f"{model.context}, prompt and answer together")
-    return min(max_new_tokens, model.context - longest)
 
 
 def grade(rollout, problems, tokenizer, progress=None):
@@ -71,7 +62,7 @@ def answer(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_token
     Draws depend on (seed, step, problem index, sample, position) alone.
     """
     prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
-    rollout = generate(model.for_sampling(), prompts, samples,
+    rollout = generate(model, prompts, samples,
                        room_for(model, prompts, max_new_tokens), temperature, top_p, seed, step,
                        max_rows=max(max_rows, samples), progress=progress)
     return grade(rollout, problems, model.tokenizer, progress and "grading")
@@ -117,12 +108,12 @@ def make_parser():
     add("--temperature", nargs="+", type=float, default=[0.0], help="≥ 0; 0 is greedy, once")
     add("--samples", type=int, default=1, help="answers per problem at temperature > 0")
     add("--top-p", type=float, default=1.0, help="nucleus mass, in (0, 1]")
-    add("--max-new-tokens", type=int, default=512, help="tokens per answer, at most")
+    add("--max-new-tokens", type=int, default=512, help="per answer, at most; less at the end of the context")
     add("--limit", type=int, default=None, help="only the first problems of each set")
     add("--rollout-rows", type=int, default=256, help="completions in flight at once")
     add("--seed", type=int, default=0, help="of the sampler")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--dtype", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the computation")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the computation")
     add("--out", type=Path, default=None, help="folder to write, new (evaluations/<time>)")
     return parser
 
@@ -136,16 +127,15 @@ def main(argv=None):
     out = args.out or Path("evaluations") / time.strftime("%Y%m%d-%H%M%S")
     if out.exists():
         parser.error(f"--out {out} exists; name a new folder, nothing is overwritten")
-    if args.dtype == "tf32":
-        torch.set_float32_matmul_precision("high")
     try:
+        for name in args.models:  # a name that is wrong shows before the first model is evaluated
+            model_folder(name)
         sets = {data: load_problems(data, args.split)[:args.limit] for data in args.data}
         out.mkdir(parents=True)
         summaries = []
         with open(out / "completions.jsonl", "w", encoding="utf-8") as file:
             for name in args.models:
-                dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-                model = Qwen2.from_pretrained(name, args.device, dtype)
+                model = Qwen2.from_pretrained(name, args.device, args.dtype)
                 for data, problems in sets.items():
                     for temperature in args.temperature:
                         samples = 1 if temperature == 0 else args.samples

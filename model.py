@@ -1,8 +1,9 @@
 """Qwen2.5 from scratch: forward pass, log-probabilities, loading and saving in the hub's format.
 
-What it does    `Qwen2.forward` takes the tokens of many sequences end to end on one flat axis, with
-                no padding anywhere. Only the function `attend` it is handed knows which token may
-                see which, so one forward serves prefill, training and cached decoding.
+What it does    `Qwen2.forward` takes the tokens of many sequences end to end on one flat axis. Only
+                the function `attend` it is handed knows which token may see which, so one forward
+                serves prefill, training and cached decoding, and nothing outside attention is
+                ever padded.
 What it leaves  the attention patterns to rollout.py, the loss to objectives.py.
 Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
 Where to fork   another architecture: `Layer` holds what is particular to Qwen2.5; `ARCHITECTURE`
@@ -26,7 +27,9 @@ ARCHITECTURE = "qwen2"  # `model_type` in config.json
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-HEAD_BYTES = 2**29  # chosen: fp32 logits held at once by the chunked head, 883 tokens of Qwen2.5
+HEAD_BYTES = 2**29  # chosen: one fp32 (tokens, V) tensor of the chunked head, 883 tokens of
+# Qwen2.5; about three such tensors live at once
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
 
 class Linear(nn.Linear):
@@ -84,6 +87,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then MLP, each after a norm and added to the stream. `layer` is its number, which
+    `attend` needs to find its cache."""
+
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
@@ -116,7 +122,7 @@ class Qwen2(nn.Module):
 
     config         dict, the fields of a hub `config.json`
     compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
-    n_tokens       ids below this are real tokens; the padding rows of the head beyond it are
+    n_real_ids     ids below this are real tokens; the padding rows of the head beyond it are
                    never given probability
     stop_ids       sorted list of every id that ends a completion
     tokenizer      the transformers tokenizer of the folder, or None
@@ -132,7 +138,7 @@ class Qwen2(nn.Module):
         if not c["tie_word_embeddings"]:
             self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         self.compute_dtype = torch.float32
-        self.n_tokens = c["vocab_size"]
+        self.n_real_ids = c["vocab_size"]
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
         for name, p in self.named_parameters():
@@ -171,29 +177,31 @@ class Qwen2(nn.Module):
         return F.linear(hidden_NC, head.weight.to(hidden_NC.dtype))
 
     def log_probs(self, hidden_NC, temperature=1.0):
-        """log softmax(logits / temperature) over the real tokens: (N, n_tokens) fp32, nats.
+        """log softmax(logits / temperature) over the real tokens: (N, n_real_ids) fp32, nats.
 
         The one definition of probability: the sampler, the old, new and reference policy and the
         entropy all come from here.
         """
-        logits = self.logits(hidden_NC)[:, :self.n_tokens].float()
+        logits = self.logits(hidden_NC)[:, :self.n_real_ids].float()
         return F.log_softmax(logits.div_(temperature), -1)
 
     def completion_log_probs(self, batch, temperature=1.0, loss=None, entropy=False):
         """Log-probabilities of a batch's completion tokens; with `loss`, also its gradient.
 
         The head is computed at the positions that predict completion tokens only, a few whole
-        completions at a time. With `loss(logp_chunk, chunk: slice) -> scalar` each chunk runs
-        backward at once into a detached copy of its hidden states, and one backward through the
-        body follows: equal to autograd, while no (M, V) tensor is ever whole.
+        completions at a time. With `loss` each chunk runs backward at once into a detached copy of
+        its hidden states, and one backward through the body follows: equal to autograd, while no
+        (M, V) tensor is ever whole.
 
-        batch: rollout.FlatBatch. Returns logp_M and entropy_M (or None), fp32, nats, no grad.
+        batch: rollout.FlatBatch. loss(logp_chunk, chunk) -> scalar: called once per chunk, a slice
+            of M; the losses of all chunks are added, so it must be a weighted sum, not a mean.
+        Returns logp_M and entropy_M (or None), fp32, nats, no grad.
         """
         training = loss is not None
         with torch.set_grad_enabled(training):
             hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
             hidden_MC = hidden_NC.index_select(0, batch.predictor_M)
-            chunks = batch.chunks(max_tokens=HEAD_BYTES // (4 * self.n_tokens))
+            chunks = batch.chunks(max_tokens=HEAD_BYTES // (4 * self.n_real_ids))
             leaves, logps, entropies = [], [], []
             for chunk in chunks:
                 leaves.append(hidden_MC[chunk].detach().requires_grad_(training))
@@ -219,15 +227,16 @@ class Qwen2(nn.Module):
             twin = Qwen2(self.config)
         weights = {k: v.detach().to(self.compute_dtype) for k, v in self.state_dict().items()}
         twin.load_state_dict(weights, assign=True)
-        for name in ("compute_dtype", "n_tokens", "stop_ids", "tokenizer"):
+        for name in ("compute_dtype", "n_real_ids", "stop_ids", "tokenizer"):
             setattr(twin, name, getattr(self, name))
         return twin.requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, name_or_path, device="cpu", dtype="fp32"):
         """Load a folder in the hub's format, or a model of the hub by its name.
 
-        Weights become fp32 masters on `device`; activations will be in `dtype`.
+        Weights become fp32 masters on `device`; dtype (a key of DTYPES) is that of the computation.
+        "tf32" is fp32 with matrix products in TF32, a setting of the whole process.
         Raises FileNotFoundError (no such folder, model or file), ConnectionError (hub out of
         reach) and ValueError (another architecture, wrong or missing tensors).
         """
@@ -236,7 +245,9 @@ class Qwen2(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, folder, device)
-        model.compute_dtype = dtype
+        model.compute_dtype = DTYPES[dtype]
+        if dtype == "tf32":
+            torch.set_float32_matmul_precision("high")
         if (folder / "generation_config.json").exists():
             model.generation_config = read_json(folder / "generation_config.json")
         model.tokenizer_files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES
@@ -244,7 +255,7 @@ class Qwen2(nn.Module):
         if model.tokenizer_files:
             from transformers import AutoTokenizer
             model.tokenizer = AutoTokenizer.from_pretrained(folder)
-            model.n_tokens = min(len(model.tokenizer), config["vocab_size"])
+            model.n_real_ids = min(len(model.tokenizer), config["vocab_size"])
         model.stop_ids = find_stop_ids(model.tokenizer, config, model.generation_config)
         return model
 
@@ -370,11 +381,14 @@ def find_stop_ids(tokenizer, config, generation_config):
     return sorted(ids - {None})
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description="Parameter table, and parity with transformers.")
     parser.add_argument("model", nargs="?", default="tiny", help="hub name or folder")
     name = parser.parse_args().model
-    qwen = Qwen2.from_pretrained(name)
+    try:
+        qwen = Qwen2.from_pretrained(name)
+    except (ValueError, OSError) as e:
+        parser.exit(1, f"error: {e}\n")
     for key, p in qwen.named_parameters():
         if ".layers." not in key or ".layers.0." in key:
             print(f"{key:50} {str(tuple(p.shape)):>18} {p.numel():>13,}")
@@ -383,10 +397,14 @@ if __name__ == "__main__":
 
     from transformers import AutoModelForCausalLM
 
-    from rollout import SharedPromptAttention
+    from rollout import SharedPromptAttention  # only here: rollout.py stands above this file
     theirs = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32)
-    ids = torch.arange(32) * 997 % qwen.n_tokens
+    ids = torch.arange(32) * 997 % qwen.n_real_ids
     with torch.no_grad():
         ours = qwen.logits(qwen(ids, torch.arange(32), SharedPromptAttention([32], [[]])))
         difference = (ours - theirs(ids[None]).logits[0]).abs().max().item()
     print(f"logits of 32 tokens: maximum difference from transformers {difference:.2e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,13 +15,17 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe:
      nothing else bounds r in PSPO. Clamped tokens are counted.
   2. A group whose rewards are all equal gets advantages of exactly 0, not rounding over 1e-4.
 
-Axis letters: P prompts, G completions per prompt, B = P·G, N completion tokens end to end.
+Axis letters: P prompts, G completions per prompt, B = P·G, N completion tokens end to end (these
+are the M of the other files, whose N counts prompt tokens too).
 """
+from pathlib import Path
+
 import torch
 
 STD_EPSILON = 1e-4  # added to a group's standard deviation, as TRL's GRPOTrainer does
 MAX_LOG_RATIO = 20.0  # chosen: e²⁰ is 5e8, far past any use, and its square is still finite fp32
 REDUCTIONS = ("token", "sequence", "constant")
+FIGURE = Path(__file__).resolve().parent / "figures" / "objectives.png"
 
 
 def group_advantages(reward_PG, scale="std"):
@@ -83,12 +87,13 @@ OBJECTIVES = {"pspo": pspo, "clip": clip, "noclip": noclip}
 # ------------------------------------------------------------------ from tokens to one loss
 
 def reduction_weights(length_B, reduction, max_length):
-    """The weight of each token of completion b, for the B completions of one optimizer step: (B,).
+    """For each completion of an optimizer step, the weight of every one of its tokens: (B,).
 
     token     1 / Σ lengths                 every token counts alike (DAPO, arXiv:2503.14476)
     sequence  1 / (B · length_b)            every completion counts alike (GRPO, arXiv:2402.03300)
     constant  1 / (B · max_length)          no length anywhere (Dr. GRPO, arXiv:2503.20783)
-    length_B: (B,) tokens, of all completions of the step, whether they are scored or not.
+    length_B: (B,) tokens, of all completions of the step, whether they are trained on or not.
+    max_length: tokens a completion could have had. Raises ValueError for an unknown reduction.
     """
     length_B = length_B.double()
     if reduction == "token":
@@ -108,8 +113,9 @@ def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective
     logp_N, old_logp_N: (N,) float, nats, of the sampled tokens; gradient flows through the first.
     advantage_N: (N,) float. weight_N: (N,) float, fixed for the whole optimizer step, so that
         losses of micro-batches add up to the loss of the step.
-    sequence_N: (N,) int, which completion a token belongs to. An objective of single tokens does
-        not need it; one of whole completions (GSPO, arXiv:2507.18071) averages log-ratios by it.
+    sequence_N: (N,) int, which completion a token belongs to. The three objectives here look at
+        single tokens and do not read it; this is the place for one that looks at whole completions
+        (GSPO, arXiv:2507.18071, replaces log_ratio_N by its mean over each sequence).
     objective: (ratio_N, advantage_N) -> (N,), e.g. functools.partial(pspo, alpha=0.1).
     Raises ValueError unless all five are vectors of one length.
     """
@@ -127,10 +133,11 @@ def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective
 def kl_k3(logp_p, logp_q):
     """Estimate KL(p‖q) at tokens drawn from p: q/p − log(q/p) − 1 ≥ 0, elementwise, nats.
 
-    arXiv:2402.03300, Eq. 4. Unbiased when the tokens were drawn from p.
+    arXiv:2402.03300, Eq. 4. Unbiased when the tokens were drawn from p. `expm1` keeps the digits
+    that exp(x) − 1 would lose for policies as close as those of one rollout.
     """
     log_ratio = (logp_q - logp_p).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.expm1() - log_ratio
 
 
 @torch.no_grad()
@@ -139,7 +146,8 @@ def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
 
     `clip_removed` is the share of Σ weight·|A|·r on tokens where clip at ε = 0.2 has no gradient.
     """
-    ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().double()
+    log_ratio_N = log_ratio_N.double()
+    ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     p1, p50, p99 = torch.quantile(ratio_N, torch.tensor([.01, .5, .99]).to(ratio_N)).tolist()
     outside_N = (ratio_N < 0.8) | (ratio_N > 1.2)
     removed_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.8) & (advantage_N < 0))
@@ -148,7 +156,7 @@ def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
     return {"ratio_p1": p1, "ratio_p50": p50, "ratio_p99": p99,
             "ratio_outside": outside_N.double().mean().item(),
             "clip_removed": removed.item(),
-            "kl_old_new": kl_k3(0 * log_ratio_N, log_ratio_N).double().mean().item(),
+            "kl_old_new": kl_k3(torch.zeros_like(log_ratio_N), log_ratio_N).mean().item(),
             "effective_sample_size": (ratio_N.sum() ** 2 / ratio_N.square().sum()
                                       / len(ratio_N)).item(),
             "n_clamped": int((log_ratio_N.abs() > MAX_LOG_RATIO).sum())}
@@ -173,7 +181,7 @@ def main():
         print(f"\nweight on A·∇log π where the advantage is {sign:+.0f}\n")
         print("ratio     " + "".join(f"{r:7.2f}" for r in ratios))
         for name, objective in arms.items():
-            weights = gradient_weight(objective, ratios, sign).tolist()
+            weights = (gradient_weight(objective, ratios, sign) + 0.0).tolist()  # −0 becomes 0
             print(f"{name:10}" + "".join(f"{w:7.2f}" for w in weights))
 
     import matplotlib
@@ -190,8 +198,8 @@ def main():
         axis.axvline(1, color="0.85", zorder=0)
     axes[0].set_ylabel("weight on A·∇log π")
     axes[0].legend(frameon=False)
-    figure.savefig("objectives.png", dpi=130)
-    print("\nwrote objectives.png")
+    figure.savefig(FIGURE, dpi=130)
+    print(f"\nwrote {FIGURE}")
 
 
 if __name__ == "__main__":

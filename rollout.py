@@ -5,13 +5,13 @@ What it does    `generate` samples G completions for each of P prompts: every pr
                 that have finished leave the computation. `flat_batch` lays prompts and completions
                 end to end for scoring, again with each prompt once.
 What it leaves  the network to model.py, what a good completion is to rewards.py.
-Run it alone    python rollout.py --model tiny/model "Tom has 3 apples and buys 4 more. ..." -n 4
+Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is that?" -n 4
 Where to fork   `sample` holds the choice of the next token (add min-p or top-k there);
                 `SharedPromptAttention` holds who sees whom in training.
 
 Axis letters: P prompts, G completions per prompt, B = P·G rows, R rows still running, S places for
-running rows beside one prompt, N flat tokens, M completion tokens, T positions, V vocabulary,
-H query heads, K key/value heads, D head width.
+running rows beside one prompt, N flat tokens, M completion tokens, T positions (J those of keys),
+V vocabulary, H query heads, K key/value heads, h = H/K query heads that share one, D head width.
 """
 import argparse
 import time
@@ -21,9 +21,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+# On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (pytorch#196678)
+# and which builds a plan for every new shape; here nearly every micro-batch has a new shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
-SORT_BELOW = 0.9  # top-p below this sorts; above it, redrawing is cheaper
-MAX_DRAWS = 8  # redraws of the nucleus at top-p ≥ 0.9: all fail with probability ≤ 1e-8
+SORT_BELOW = 0.9  # chosen: a smaller top-p sorts; from here on 8 draws almost always suffice:
+MAX_DRAWS = 8  # each misses the nucleus with probability ≤ 0.1, all of them with ≤ 1e-8
 
 
 # ------------------------------------------------------------------ who may see which token
@@ -31,35 +35,49 @@ MAX_DRAWS = 8  # redraws of the nucleus at top-p ≥ 0.9: all fail with probabil
 class PaddedSequences:
     """Index tensors that view flat tokens as padded sequences, inside attention only.
 
-    Sequence i asks with its own tokens (N-axis rows `start … start + length`), and sees the tokens
-    of its prefix followed by its own up to the one that asks.
+    Sequence i asks with its own tokens (rows `start … start + length` of the flat axis), and sees
+    the tokens of its prefix followed by its own up to the one that asks. All prefixes may be None.
     """
 
-    def __init__(self, start_B, length_B, prefix_start_B, prefix_length_B):
-        longest = int(length_B.max())
-        t_T = torch.arange(longest, device=start_B.device)
-        j_J = torch.arange(int((prefix_length_B + length_B).max()), device=start_B.device)
+    def __init__(self, start_B, length_B, prefix_start_B=None, prefix_length_B=None):
+        t_T = torch.arange(int(length_B.max()), device=start_B.device)
         last_B1 = (start_B + length_B - 1).clamp(min=0)[:, None]
-        prefix_B1 = prefix_length_B[:, None]
         self.query_BT = torch.minimum(start_B[:, None] + t_T, last_B1)
-        self.key_BJ = torch.where(j_J < prefix_B1, prefix_start_B[:, None] + j_J,
-                                  torch.minimum(start_B[:, None] + j_J - prefix_B1, last_B1))
-        self.visible_BTJ = j_J <= prefix_B1[:, :, None] + t_T[:, None]
+        self.key_BJ, self.mask = self.query_BT, None
+        if prefix_start_B is not None:
+            prefix_B1 = prefix_length_B[:, None]
+            j_J = torch.arange(int((prefix_length_B + length_B).max()), device=start_B.device)
+            own_BJ = torch.minimum(start_B[:, None] + j_J - prefix_B1, last_B1)
+            self.key_BJ = torch.where(j_J < prefix_B1, prefix_start_B[:, None] + j_J, own_BJ)
+            self.visible_BTJ = j_J <= prefix_B1[:, :, None] + t_T[:, None]
         self.place_N = (t_T < length_B[:, None]).flatten().nonzero().squeeze(1)
 
     def attend(self, q_NHD, k_NKD, v_NKD):
-        """(tokens of these sequences, H, D). Heads that share keys are stacked along T, so that
-        torch's fast kernels, which take no mask beside grouped queries, see plain attention."""
+        """Attention of these sequences' own tokens, flat again: (their number, H, D)."""
         (B, T), J = self.query_BT.shape, self.key_BJ.shape[1]
         H, (K, D) = q_NHD.shape[1], k_NKD.shape[1:]
-        q = q_NHD.index_select(0, self.query_BT.flatten()).view(B, T, K, H // K, D)
-        q = q.permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
+        q = q_NHD.index_select(0, self.query_BT.flatten()).view(B, T, H, D).transpose(1, 2)
         k = k_NKD.index_select(0, self.key_BJ.flatten()).view(B, J, K, D).transpose(1, 2)
         v = v_NKD.index_select(0, self.key_BJ.flatten()).view(B, J, K, D).transpose(1, 2)
-        mask = self.visible_BTJ.repeat(1, H // K, 1)[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B * T, H, D)
-        return out.index_select(0, self.place_N)
+        if self.key_BJ is self.query_BT:  # padding comes last, so causal order alone hides it
+            k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+            out_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # heads that share keys are stacked along T: torch's fast kernels take no mask
+            # beside grouped queries
+            q = q.reshape(B, K, H // K * T, D)
+            mask = self.stacked_mask(H // K, q.dtype)
+            out_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+        return out_BHTD.transpose(1, 2).reshape(B * T, H, D).index_select(0, self.place_N)
+
+    def stacked_mask(self, h, dtype):
+        """The additive mask (B, 1, h·T, J), made once for all layers; rows start at multiples of 8
+        elements, as CUDA kernels want it."""
+        if self.mask is None or self.mask.dtype != dtype:
+            visible = F.pad(self.visible_BTJ, (0, -self.visible_BTJ.shape[2] % 8))
+            visible = visible.repeat(1, h, 1)[:, None]
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self.mask = mask.masked_fill_(~visible, -torch.inf)[..., :self.visible_BTJ.shape[2]]
+        return self.mask
 
 
 class SharedPromptAttention:
@@ -73,9 +91,8 @@ class SharedPromptAttention:
     def __init__(self, prompt_lengths, completion_lengths, device="cpu"):
         length_P = torch.tensor(prompt_lengths, device=device)
         start_P = length_P.cumsum(0) - length_P
-        none_P = torch.zeros_like(length_P)
         self.n_prompt_tokens = sum(prompt_lengths)
-        self.prompts = PaddedSequences(start_P, length_P, none_P, none_P)
+        self.prompts = PaddedSequences(start_P, length_P)
         self.completions = None
         lengths = [n for group in completion_lengths for n in group]
         if sum(lengths):
@@ -93,19 +110,35 @@ class SharedPromptAttention:
         return torch.cat([out, self.completions.attend(q_NHD, k_NKD, v_NKD)])
 
 
+def scores(q, k):
+    """q·kᵀ in fp32 whatever their dtype: (…, …, S, D), (…, …, T, D) -> (…, …, S, T).
+
+    Qwen2.5 has keys so large that scores rounded to bf16 would be another policy than the trainer's.
+    """
+    if q.dtype == torch.float32:
+        return q @ k.transpose(2, 3)
+    if q.is_cuda:
+        flat = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return flat.unflatten(0, q.shape[:2])
+    return q.float() @ k.float().transpose(2, 3)
+
+
 class CachedAttention:
     """One new token for each running row, against the cache; prompts are stored once per group.
 
     prompt_k, prompt_v: per layer (P, K, T, D); own_k, own_v: per layer (R, K, max_new_tokens, D).
-    The row r runs beside prompt prompt_R[r]; all running rows have produced `t` tokens.
+    Row r runs beside prompt prompt_R[r]; `t` tokens of each running row are cached so far (whoever
+    runs the model adds one after its last layer). To meet a prompt's keys without copying them for
+    every row, the queries of the rows beside it are stacked into one long query (`by_prompt`) and
+    what comes out is taken apart again (`by_row`).
     """
 
     def __init__(self, prompt_k, prompt_v, prompt_lengths, prompt_R, max_new_tokens):
         self.prompt_k, self.prompt_v, self.t = prompt_k, prompt_v, 0
         t_T = torch.arange(prompt_k[0].shape[2], device=prompt_R.device)
-        hidden_PT = t_T >= torch.tensor(prompt_lengths, device=prompt_R.device)[:, None]
-        self.mask_P = torch.zeros(hidden_PT.shape, device=prompt_R.device)
-        self.mask_P = self.mask_P.masked_fill(hidden_PT, -torch.inf)[:, None, None]
+        padding_PT = t_T >= torch.tensor(prompt_lengths, device=prompt_R.device)[:, None]
+        mask_PT = torch.zeros(padding_PT.shape, device=prompt_R.device)
+        self.mask_P11T = mask_PT.masked_fill(padding_PT, -torch.inf)[:, None, None]
         K, D = prompt_k[0].shape[1], prompt_k[0].shape[3]
         shape = (len(prompt_R), K, max_new_tokens, D)
         self.own_k = [torch.empty(shape, dtype=k.dtype, device=k.device) for k in prompt_k]
@@ -116,7 +149,7 @@ class CachedAttention:
         """Give each running row one of S places beside its prompt."""
         R = torch.arange(len(prompt_R), device=prompt_R.device)
         order = torch.argsort(prompt_R, stable=True)
-        count_P = torch.bincount(prompt_R, minlength=len(self.mask_P))
+        count_P = torch.bincount(prompt_R, minlength=len(self.mask_P11T))
         first_P = count_P.cumsum(0) - count_P
         place = torch.empty_like(R)
         place[order] = R - first_P[prompt_R[order]]
@@ -139,15 +172,14 @@ class CachedAttention:
         return x.index_select(0, self.place_R)
 
     def __call__(self, layer, q_RHD, k_RKD, v_RKD):
-        (R, H, D), K, t = q_RHD.shape, k_RKD.shape[1], self.t + 1
+        (R, H, D), K, n_own = q_RHD.shape, k_RKD.shape[1], self.t + 1
         self.own_k[layer][:, :, self.t], self.own_v[layer][:, :, self.t] = k_RKD, v_RKD
-        own_k, own_v = self.own_k[layer][:, :, :t], self.own_v[layer][:, :, :t]
-        q = (q_RHD * D**-0.5).view(R, K, H // K, D)
-        beside_prompt = self.by_prompt(q) @ self.prompt_k[layer].transpose(2, 3)
-        score = torch.cat([self.by_row(beside_prompt + self.mask_P.to(q.dtype), H // K),
-                           q @ own_k.transpose(2, 3)], -1)
-        weight = score.float().softmax(-1).to(q.dtype)
-        w_prompt, w_own = weight[..., :-t], weight[..., -t:]
+        own_k, own_v = self.own_k[layer][:, :, :n_own], self.own_v[layer][:, :, :n_own]
+        q = q_RHD.view(R, K, H // K, D)
+        beside_prompt = scores(self.by_prompt(q), self.prompt_k[layer]) + self.mask_P11T
+        logit = torch.cat([self.by_row(beside_prompt, H // K), scores(q, own_k)], -1)
+        weight = (logit * D**-0.5).softmax(-1).to(q.dtype)
+        w_prompt, w_own = weight[..., :-n_own], weight[..., -n_own:]
         out = self.by_row(self.by_prompt(w_prompt) @ self.prompt_v[layer], H // K)
         return (out + w_own @ own_v).view(R, H, D)
 
@@ -158,8 +190,8 @@ class CachedAttention:
                 cache[layer] = old.new_empty(len(row_R), *old.shape[1:])
                 cache[layer][:, :, :self.t] = old[:, :, :self.t].index_select(0, row_R)
         kept_P, prompt_R = self.prompt_R[row_R].unique(return_inverse=True)
-        if len(kept_P) < len(self.mask_P):
-            self.mask_P = self.mask_P.index_select(0, kept_P)
+        if len(kept_P) < len(self.mask_P11T):
+            self.mask_P11T = self.mask_P11T.index_select(0, kept_P)
             self.prompt_k = [k.index_select(0, kept_P) for k in self.prompt_k]
             self.prompt_v = [v.index_select(0, kept_P) for v in self.prompt_v]
         self.seat(prompt_R)
@@ -184,13 +216,12 @@ def uniform(seed, step, prompt_R, sample_R, position, draw):
     return (state >> 40 & 2**24 - 1).float() * 2**-24
 
 
-def inverse_cdf(prob_RV, u_R):
-    """The token at u of the cumulative distribution: (R,) int64; never one of probability zero.
+def inverse_cdf(cdf_RV, u_R):
+    """The token at u of cumulated probabilities: (R,) int64; never one of probability zero.
 
     Searching to the right of u·total keeps u = 0 off a leading token of probability zero; staying
-    below the total keeps u next to 1 off a trailing one.
+    one float below the total keeps u next to 1 off a trailing one.
     """
-    cdf_RV = prob_RV.cumsum(-1)
     total_R1 = cdf_RV[:, -1:]
     target_R1 = torch.minimum(u_R[:, None] * total_R1, total_R1.nextafter(total_R1 * 0))
     return torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
@@ -201,23 +232,26 @@ def sample(logp_RV, temperature, top_p, counters):
 
     logp_RV: (R, V) fp32 log-probabilities, already at this temperature; 0 takes the likeliest.
     top_p: draw from the nucleus, the smallest set of likeliest tokens whose mass reaches top_p
-        (arXiv:1904.09751): by redrawing until the strictly likelier tokens hold less than top_p.
+        (arXiv:1904.09751): those whose strictly likelier tokens hold less than top_p. A small
+        top_p masks the others after a sort; a large one redraws until a token is inside.
     counters: (seed, step, prompt_R, sample_R, position), see `uniform`.
     """
     if temperature == 0:
         return logp_RV.argmax(-1)
     prob_RV = logp_RV.exp()
     if top_p >= 1:
-        return inverse_cdf(prob_RV, uniform(*counters, 0))
+        return inverse_cdf(prob_RV.cumsum(-1), uniform(*counters, 0))
     if top_p < SORT_BELOW:
-        sorted_RV, order_RV = prob_RV.sort(-1, descending=True)
-        likelier_RV = sorted_RV.cumsum(-1) - sorted_RV
-        choice_R1 = inverse_cdf(sorted_RV * (likelier_RV < top_p), uniform(*counters, 0))[:, None]
-        return order_RV.gather(1, choice_R1).squeeze(1)
+        sorted_RV = prob_RV.sort(-1, descending=True).values
+        n_inside_R1 = (sorted_RV.cumsum(-1) - sorted_RV < top_p).sum(-1, keepdim=True)
+        smallest_R1 = sorted_RV.gather(1, n_inside_R1 - 1)
+        cdf_RV = (prob_RV * (prob_RV >= smallest_R1)).cumsum(-1)
+        return inverse_cdf(cdf_RV, uniform(*counters, 0))
+    cdf_RV = prob_RV.cumsum(-1)
     token_R = logp_RV.argmax(-1)  # what a row keeps if every draw fails; always in the nucleus
     waiting_R = torch.ones_like(token_R, dtype=torch.bool)
     for draw in range(MAX_DRAWS):
-        drawn_R = inverse_cdf(prob_RV, uniform(*counters, draw))
+        drawn_R = inverse_cdf(cdf_RV, uniform(*counters, draw))
         likelier_RV = prob_RV > prob_RV.gather(1, drawn_R[:, None])
         inside_R = (prob_RV * likelier_RV).sum(-1) < top_p
         token_R = torch.where(waiting_R & inside_R, drawn_R, token_R)
@@ -244,7 +278,15 @@ class Rollout:
         return sum(map(len, self.completions))
 
 
-@torch.inference_mode()
+def room_for(model, prompts, max_new_tokens):
+    """max_new_tokens, or what the longest prompt leaves of the model's context if that is less."""
+    longest = max(map(len, prompts))
+    if longest >= model.context:
+        raise ValueError(f"the longest prompt has {longest} tokens; the model's context holds "
+                         f"{model.context}, prompt and completion together")
+    return min(max_new_tokens, model.context - longest)
+
+
 def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, top_p=1.0,
              seed=0, step=0, prompt_keys=None, max_rows=256, progress=None):
     """Sample `group_size` completions of every prompt with `model` (a Qwen2): a Rollout.
@@ -254,7 +296,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         one int per prompt (default: its index), so a prompt draws alike in any company.
     max_rows: completions in flight at once; more prompts run in waves of whole groups.
     progress: label of a progress bar over tokens, or None; a row that ends early gives up the rest.
-    Raises ValueError where a prompt is empty or leaves no room for max_new_tokens.
+    Raises ValueError where a prompt is empty or leaves no room for max_new_tokens, or max_rows does
+        not hold one group.
     """
     began = time.perf_counter()
     for i, prompt in enumerate(prompts):
@@ -268,6 +311,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
     wave = max_rows // group_size
     rollout = Rollout(list(prompts), [], [], [], group_size, 0.0)
+    model = model.for_sampling()
     bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
                unit_scale=True, leave=False, disable=progress is None, delay=2)
     for i in range(0, len(prompts), wave):
@@ -298,6 +342,7 @@ def prefill(model, prompts, device):
     return hidden_NC.index_select(0, padded_PT[:, -1]), keys, values
 
 
+@torch.inference_mode()
 def decode(model, prompts, keys, group_size, max_new_tokens, temperature, top_p, seed, step, bar):
     """One wave of `generate`: (completions, logps, finished), each a list with one entry a row."""
     device, B = model.device, len(prompts) * group_size
@@ -307,6 +352,7 @@ def decode(model, prompts, keys, group_size, max_new_tokens, temperature, top_p,
     key_R = torch.tensor(keys, device=device)[prompt_R]
     length_R = torch.tensor([len(p) for p in prompts], device=device)[prompt_R]
     cache = CachedAttention(prompt_k, prompt_v, [len(p) for p in prompts], prompt_R, max_new_tokens)
+    del prompt_k, prompt_v  # the cache alone holds them, so that it can let go of them
     stop_ids = torch.tensor(model.stop_ids, device=device)
     token_BT = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     logp_BT = torch.zeros(B, max_new_tokens, device=device)
@@ -394,7 +440,7 @@ def flat_batch(prompts, completions, device="cpu"):
 
 
 def check_sampling(parser, args):
-    """Refuse sampling settings that mean nothing, with the parser's one-line error."""
+    """Refuse sampling settings and devices that mean nothing, with the parser's one-line error."""
     for temperature in args.temperature if type(args.temperature) is list else [args.temperature]:
         if not 0 <= temperature < float("inf"):
             parser.error(f"--temperature is {temperature}; expected 0 (greedy) or more")
@@ -402,6 +448,10 @@ def check_sampling(parser, args):
         parser.error(f"--top-p is {args.top_p}; expected a value in (0, 1]")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
+    kind, _, index = args.device.partition(":")
+    if kind != "cpu" and not (kind == "cuda" and int(index or 0) < torch.cuda.device_count()):
+        parser.error(f"--device is {args.device}; expected cpu, or cuda where torch finds a GPU "
+                     f"(it finds {torch.cuda.device_count()})")
 
 
 def main():
@@ -414,15 +464,15 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0, help="≥ 0; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass, in (0, 1]")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens per completion")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampler")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     check_sampling(parser, args)
     try:
-        model = Qwen2.from_pretrained(args.model)
+        model = Qwen2.from_pretrained(args.model, args.device)
         prompts = [build_prompt(model.tokenizer, Problem(str(i), q, "0", "number"))
                    for i, q in enumerate(args.question)]
-        room = model.context - max(map(len, prompts))
-        rollout = generate(model, prompts, args.n, min(args.max_new_tokens, max(room, 1)),
+        rollout = generate(model, prompts, args.n, room_for(model, prompts, args.max_new_tokens),
                            args.temperature, args.top_p, args.seed, max_rows=max(args.n, 256),
                            progress="sampling")
     except (ValueError, OSError) as e:

@@ -92,7 +92,7 @@ def test_objectives_by_hand():
     torch.testing.assert_close(clip(ratio, advantage, 0.2, 0.28), tensor(1.0, 2.0, 2.56, -3.0))
 
 
-def test_clip_has_no_gradient_only_where_the_step_has_gone_far_enough():
+def test_clip_has_no_gradient_once_the_ratio_has_gone_the_way_the_advantage_wants():
     # ratio:            0.7                0.9, 1.1           1.3
     # A > 0: may rise   gradient A         gradient A         none: already above 1.2
     # A < 0: may fall   none: below 0.8    gradient A         gradient A
@@ -215,7 +215,7 @@ def test_splitting_a_step_into_micro_batches_changes_no_gradient():
     logits, state, token, advantage, sequence = fixed_rollout()
     old = logits.log_softmax(-1)[state, token] + 0.1 * advantage  # ratios away from 1
     length = torch.bincount(sequence)
-    length[::3] += 4  # completions of different lengths, so that the reductions differ
+    length[::3] += 4  # as if tokens were left out, so that the reductions differ
     for reduction in objectives.REDUCTIONS:
         weight = reduction_weights(length, reduction, 16).double()[sequence]
         for objective in (pspo, clip, noclip):
@@ -313,6 +313,14 @@ def test_k3_is_unbiased_and_never_negative():
     inside = ((policy / reference).log().abs() < 20).all(-1)
     assert inside.sum() > 20
     torch.testing.assert_close((policy * k3).sum(-1)[inside], exact[inside])
+
+
+def test_k3_keeps_its_digits_in_float32_for_policies_that_hardly_differ():
+    # k3 of a log-ratio x is x²/2 + x³/6 + …; exp(x) − x − 1 in float32 would be off by all of it
+    log_ratio = torch.tensor([1e-4, -1e-4, 3e-5, 1e-3])
+    found = kl_k3(torch.zeros_like(log_ratio), log_ratio)
+    assert (found > 0).all()
+    torch.testing.assert_close(found, log_ratio**2 / 2, rtol=2e-3, atol=0)
 
 
 def test_k3_by_hand():

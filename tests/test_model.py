@@ -150,11 +150,11 @@ def test_the_sampling_twin_shares_fp32_weights_and_casts_bf16_ones(pair):
 
 def test_tokens_beyond_the_tokenizer_have_no_probability(pair):
     ours, _ = pair
-    ours.n_tokens = 90
+    ours.n_real_ids = 90
     try:
         logp = ours.log_probs(torch.randn(3, ours.config["hidden_size"]))
     finally:
-        ours.n_tokens = 97
+        ours.n_real_ids = 97
     assert logp.shape == (3, 90)
     torch.testing.assert_close(logp.exp().sum(-1), torch.ones(3))
 

@@ -162,6 +162,13 @@ def test_frequencies_match_the_nucleus(top_p, nucleus):
         assert_follows(counts, inside)
 
 
+def test_tokens_that_tie_are_in_the_nucleus_together():
+    # 1/4 each at p = 0.5: no token has strictly likelier ones, so all four are inside, either way
+    equal = torch.full((4,), 0.25)
+    for top_p in (0.5, 0.95):
+        assert_follows(draws(equal, 10_000, top_p=top_p), equal)
+
+
 def test_the_chi_square_test_can_fail():
     skewed = PROB.clone()
     skewed[1] += 0.01
@@ -176,6 +183,7 @@ def test_temperature_zero_takes_the_likeliest():
 def test_both_ends_of_the_uniform_pick_a_token_that_has_probability():
     first, last = torch.tensor([0.0]), torch.tensor([1 - 2**-24])
     prob = torch.tensor([[0.0, 0.0, 0.6, 0.4, 0.0, 0.0]])
+    prob = prob.cumsum(-1)
     assert inverse_cdf(prob, first).item() == 2  # not the masked id 0, whose cdf is also ≤ 0
     assert inverse_cdf(prob, last).item() == 3  # not the masked id 5
     # at a vocabulary's size the sum is not exactly 1 in fp32, and u·total may round to the total
@@ -184,8 +192,8 @@ def test_both_ends_of_the_uniform_pick_a_token_that_has_probability():
         prob = torch.rand(1, 151_936, generator=g).softmax(-1)
         prob[:, 151_665:] = 0
         prob[:, :7] = 0
-        assert inverse_cdf(prob, first).item() == 7
-        assert prob[0, inverse_cdf(prob, last).item()] > 0
+        assert inverse_cdf(prob.cumsum(-1), first).item() == 7
+        assert prob[0, inverse_cdf(prob.cumsum(-1), last).item()] > 0
 
 
 def test_uniform_is_a_hash_of_all_its_counters_and_uniform():
