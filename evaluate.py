@@ -108,7 +108,7 @@ def make_parser():
     add("--temperature", nargs="+", type=float, default=[0.0], help="≥ 0; 0 is greedy, once")
     add("--samples", type=int, default=1, help="answers per problem at temperature > 0")
     add("--top-p", type=float, default=1.0, help="nucleus mass, in (0, 1]")
-    add("--max-new-tokens", type=int, default=512, help="per answer, at most; less at the end of the context")
+    add("--max-new-tokens", type=int, default=512, help="per answer; less where the context ends")
     add("--limit", type=int, default=None, help="only the first problems of each set")
     add("--rollout-rows", type=int, default=256, help="completions in flight at once")
     add("--seed", type=int, default=0, help="of the sampler")

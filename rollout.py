@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (pytorch#196678)
-# and which builds a plan for every new shape; here nearly every micro-batch has a new shape.
+# On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (issue 196678
+# of pytorch) and which builds a plan for every new shape; here nearly every micro-batch is new.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
@@ -113,7 +113,8 @@ class SharedPromptAttention:
 def scores(q, k):
     """q·kᵀ in fp32 whatever their dtype: (…, …, S, D), (…, …, T, D) -> (…, …, S, T).
 
-    Qwen2.5 has keys so large that scores rounded to bf16 would be another policy than the trainer's.
+    Qwen2.5 has keys so large that scores rounded to bf16 would be another policy than the
+    trainer's.
     """
     if q.dtype == torch.float32:
         return q @ k.transpose(2, 3)
@@ -448,8 +449,8 @@ def check_sampling(parser, args):
         parser.error(f"--top-p is {args.top_p}; expected a value in (0, 1]")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
-    kind, _, index = args.device.partition(":")
-    if kind != "cpu" and not (kind == "cuda" and int(index or 0) < torch.cuda.device_count()):
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if args.device not in ["cpu", *gpus, *(["cuda"] if gpus else [])]:
         parser.error(f"--device is {args.device}; expected cpu, or cuda where torch finds a GPU "
                      f"(it finds {torch.cuda.device_count()})")
 

@@ -17,12 +17,17 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives
      is zero; its tokens stay in the divisor. A minibatch of only such groups makes no optimizer
      step, while the schedule advances. (AdamW would still move by its momentum.)
   4. Old log-probabilities are computed by the trainer, not taken from the sampler.
-  5. The weights are fp32 masters; bf16 is a dtype of computation only.
+  5. The weights are fp32 masters; bf16 is a dtype of computation only (logits included; their
+     softmax is fp32).
   6. Prompts use our own system instruction.
 
+Words, from large to small: a *step* is one rollout of P·G completions with its updates; an *epoch*
+is one pass over the rollout; a *minibatch* is the groups of one optimizer step; a *micro-batch* is
+what fits in memory at once (gradients add up); a *chunk* is what fits in the output head.
 Axis letters: P prompts, G completions per prompt, B = P·G, M completion tokens of a micro-batch.
 """
 import argparse
+import importlib.util
 import inspect
 import json
 import math
@@ -36,12 +41,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from evaluate import answer, grade, summarise
-from model import Qwen2, write_json
+from model import DTYPES, Qwen2, write_json
 from objectives import (
     OBJECTIVES,
     REDUCTIONS,
@@ -51,27 +57,20 @@ from objectives import (
     ratio_diagnostics,
     reduction_weights,
 )
-from rewards import build_prompt, load_problems, reward
+from rewards import MODES, SETS, build_prompt, load_problems, reward
 from rollout import FlatBatch, check_sampling, flat_batch, generate
 
 HERE = Path(__file__).resolve().parent
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
 SAMPLE_GROUPS = 1  # chosen: groups per step written to samples.jsonl
 
-# The published recipe for both sizes of Qwen2.5; the authors' other arms are in the README.
-PAPER = dict(
-    data="gsm8k", prompts_per_step=16, group_size=4, epochs=2, minibatches=1, temperature=0.8,
-    top_p=0.9, max_new_tokens=128, steps=1311,  # three passes over 7,000 problems
-    learning_rate=5e-7, warmup_steps=140, validation_problems=473, validation_samples=4,
-    validate_every=50, checkpoint_every=50, test_problems=0)
-PRESETS = {
-    "tiny": dict(
-        data="tiny", prompts_per_step=8, group_size=8, epochs=2, minibatches=4, temperature=1.0,
-        top_p=1.0, max_new_tokens=40, steps=100, learning_rate=1e-5, warmup_steps=0,
-        validation_problems=100, validation_samples=2, validate_every=5, checkpoint_every=20,
-        test_problems=200),
-    "Qwen/Qwen2.5-0.5B": PAPER,
-    "Qwen/Qwen2.5-1.5B": PAPER}
+# The defaults in `make_parser` are the published recipe for Qwen2.5-0.5B and -1.5B, and of any
+# model without a preset; the authors' other arms are in the README. The embedded model's settings
+# are chosen: it learns in a minute, slowly enough to watch.
+PRESETS = {"tiny": dict(
+    data="tiny", prompts_per_step=8, group_size=8, minibatches=4, temperature=1.0, top_p=1.0,
+    max_new_tokens=40, steps=100, learning_rate=1e-5, warmup_steps=0, validation_problems=100,
+    validation_samples=2, validate_every=5, checkpoint_every=20, test_problems=200)}
 
 
 # ------------------------------------------------------------------ settings
@@ -80,21 +79,22 @@ def make_parser():
     """Every flag on one line. A preset replaces the defaults of the flags it names."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, usage="python train.py [flags]   (all flags: python train.py --help)",
-        description="Train a Qwen2.5 model with GR-PSPO, clipped or plain GRPO.",
+        description="Train a Qwen2.5 model with GR-PSPO, clipped or plain GRPO. Defaults are "
+                    "those of Qwen2.5; the embedded model (tiny) has some of its own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny", help="hub name or folder")
-    add("--data", default="gsm8k", help="gsm8k svamp asdiv math500 tiny, or a .jsonl file")
+    add("--data", default="gsm8k", help="gsm8k svamp tiny, or a .jsonl file")
     add("--objective", choices=list(OBJECTIVES), default="pspo", help="the surrogate")
-    for name, function in OBJECTIVES.items():
+    for name in OBJECTIVES:
         for setting, default in objective_settings(name).items():
             add("--" + setting.replace("_", "-"), type=float, default=default,
                 help=f"of --objective {name}")
     add("--reduction", choices=REDUCTIONS, default="token", help="what the loss averages over")
     add("--advantage-scale", choices=["std", "none"], default="std", help="divide by group's std")
-    add("--beta", type=float, default=0.0, help="weight of KL(π‖start model), ≥ 0; 0 leaves it out")
-    add("--reward", choices=["correct", "paper", "noise"], default="correct", help="reward mode")
+    add("--beta", type=float, default=0.0, help="penalty on leaving the start model: its KL, ≥ 0")
+    add("--reward", choices=MODES, default="correct", help="reward mode")
     add("--prompts-per-step", type=int, default=16, help="P, prompts per rollout")
     add("--group-size", type=int, default=4, help="G, completions per prompt, ≥ 2")
     add("--epochs", type=int, default=2, help="passes over one rollout")
@@ -102,20 +102,21 @@ def make_parser():
     add("--temperature", type=float, default=0.8, help="of sampling and of every log-prob, > 0")
     add("--top-p", type=float, default=0.9, help="nucleus mass, in (0, 1]")
     add("--max-new-tokens", type=int, default=128, help="tokens per completion, at most")
-    add("--steps", type=int, default=1311, help="rollouts with their updates")
+    add("--steps", type=int, default=1311,
+        help="rollouts with their updates; 1,311 are three passes over 7,000 problems")
     add("--stop-after", type=int, default=None, help="end after this step, schedule unchanged")
     add("--learning-rate", type=float, default=5e-7, help="peak, of AdamW")
     add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
     add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit")
-    add("--validation-problems", type=int, default=473, help="held out of training if no own split")
+    add("--validation-problems", type=int, default=473, help="held out, unless the set has its own")
     add("--validation-samples", type=int, default=4, help="answers per validation problem")
-    add("--validate-every", type=int, default=50, help="steps; best/ is chosen by its reward")
+    add("--validate-every", type=int, default=50, help="steps; best/ is the best of these")
     add("--checkpoint-every", type=int, default=50, help="steps; the last step always saves")
     add("--keep", type=int, default=2, help="newest checkpoints to keep")
     add("--test-problems", type=int, default=0, help="greedy test of base and best at the end")
-    add("--seed", type=int, default=0, help="of problem order and sampling")
+    add("--seed", type=int, default=0, help="of the order of problems and sampling")
     add("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
-    add("--dtype", choices=["fp32", "tf32", "bf16"], default="bf16" if on_gpu else "fp32",
+    add("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32",
         help="of the computation; weights and gradients stay fp32")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
@@ -135,16 +136,16 @@ def objective_settings(name):
 def read_settings(argv):
     """(settings, run folder): defaults, then the preset or the resumed run's, then given flags."""
     parser = make_parser()
-    missing = object()
     defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, missing))))
-    given = {key: value for key, value in given.items() if value is not missing}
+    # Parsed again over a mark: where it stays, the flag was not given.
+    marked = argparse.Namespace(**dict.fromkeys(defaults, parser))
+    given = vars(parser.parse_args(argv, marked))
+    given = {key: value for key, value in given.items() if value is not parser}
+    if given.get("model") == "tiny/model":
+        given["model"] = "tiny"
 
-    model = given.get("model", defaults["model"])
-    preset = PRESETS.get("tiny" if model == "tiny/model" else model, PRESETS["Qwen/Qwen2.5-0.5B"])
-    s = argparse.Namespace(**{**defaults, **preset, **given})
-    if s.model == "tiny/model":
-        s.model = "tiny"
+    preset = PRESETS.get(given.get("model", defaults["model"]), {})
+    s = SimpleNamespace(**{**defaults, **preset, **given})
     s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
     folder = Path("runs") / s.name
     if s.resume:
@@ -154,11 +155,11 @@ def read_settings(argv):
         settings = json.loads(saved.read_text(encoding="utf-8"))["settings"]
         per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
         for key, value in given.items():
-            if key not in per_call and settings[key] != value:
+            if key not in per_call and settings.get(key) != value:
                 flag = "--" + key.replace("_", "-")
-                parser.error(f"--resume: {flag} was {settings[key]} in {folder}, now {value}; "
+                parser.error(f"--resume: {flag} was {settings.get(key)} in {folder}, now {value}; "
                              "leave it out, or start a new run with another --name")
-        s = argparse.Namespace(**{**settings, **per_call})
+        s = SimpleNamespace(**{**settings, **per_call})
     elif folder.exists():
         parser.error(f"{folder} exists; continue it with --resume or choose another --name")
     check_settings(parser, s, given)
@@ -193,8 +194,10 @@ def check_settings(parser, s, given):
                      f"{s.prompts_per_step}; a minibatch holds whole groups")
     if s.rollout_rows < s.group_size:
         parser.error(f"--rollout-rows {s.rollout_rows} does not hold one group of {s.group_size}")
-    if s.device != "cpu" and not (s.device.startswith("cuda") and torch.cuda.is_available()):
-        parser.error(f"--device {s.device}: expected cpu, or cuda where torch finds a GPU")
+    if s.stop_after is not None and s.stop_after < 1:
+        parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
+    if s.wandb is not None and importlib.util.find_spec("wandb") is None:
+        parser.error("--wandb needs the package wandb: pip install wandb")
     for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
         if not 0 <= getattr(s, key) < math.inf:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more")
@@ -243,12 +246,12 @@ def lay_out(rollout, advantage_PG, s, device):
                                   for p in groups])
         weight_PG = reduction_weights(length_PG.flatten(), s.reduction, s.max_new_tokens)
         weight_PG = weight_PG.view(-1, G)
-        packs, n_tokens = [], math.inf
+        packs, n_tokens = [], 0  # prompts of each micro-batch; tokens of the last one
         for i, p in enumerate(groups):
             if s.beta == 0 and not advantage_PG[p].any():
                 continue
             size = len(rollout.prompts[p]) + int(length_PG[i].sum())
-            if n_tokens + size > s.tokens_per_microbatch:
+            if not packs or n_tokens + size > s.tokens_per_microbatch:
                 packs.append([])
                 n_tokens = 0
             packs[-1].append(p)
@@ -269,29 +272,34 @@ def lay_out(rollout, advantage_PG, s, device):
     return minibatches
 
 
-def update(model, reference, optimizer, minibatches, s, state):
-    """All epochs over one rollout: old log-probs, loss, gradient, optimizer steps. Returns metrics.
+def old_log_probs(run, minibatches, s):
+    """Give every micro-batch the log-probs of the policy that sampled it, and of the reference.
 
-    Old log-probs come from a pass of their own, before the first optimizer step; when an epoch is
-    one optimizer step, they are what its first pass computes anyway.
+    With one minibatch the first pass of the first epoch runs on that very policy: `update` takes
+    them from there, which saves a pass. Both ways give the same numbers. Returns the entropies.
     """
-    objective = chosen_objective(s)
-    everything = [micro for minibatch in minibatches for micro in minibatch]
-    entropies, log_ratios, kls, norms = [], [], [], []
-    began = time.perf_counter()
-    for micro in everything:
+    entropies = []
+    for micro in (micro for minibatch in minibatches for micro in minibatch):
         if s.minibatches > 1:
-            micro.old_logp_M, entropy_M = model.completion_log_probs(micro.batch, s.temperature,
-                                                                     entropy=True)
+            micro.old_logp_M, entropy_M = run.model.completion_log_probs(
+                micro.batch, s.temperature, entropy=True)
             entropies.append(entropy_M)
-        if reference is not None:
-            micro.reference_logp_M, _ = reference.completion_log_probs(micro.batch, s.temperature)
-    scored = time.perf_counter()
+        if run.reference is not None:
+            micro.reference_logp_M, _ = run.reference.completion_log_probs(
+                micro.batch, s.temperature)
+    return entropies
 
+
+def update(run, minibatches, s):
+    """All epochs over one rollout: loss, gradient, optimizer steps. Returns what it saw: entropies,
+    log-ratios of the last epoch, KLs to the reference, gradient norms (lists of tensors)."""
+    objective = chosen_objective(s)
+    seen = SimpleNamespace(entropies=[], log_ratios=[], kls=[], norms=[])
     for epoch in range(s.epochs):
         for minibatch in minibatches:
-            optimizer.zero_grad()
-            state["optimizer_steps"] += 1
+            run.state["optimizer_steps"] += 1
+            if not minibatch:
+                run.state["skipped_steps"] += 1
             for micro in minibatch:
                 first_pass = micro.old_logp_M is None
 
@@ -301,77 +309,86 @@ def update(model, reference, optimizer, minibatches, s, state):
                     total, log_ratio = policy_loss(logp, old, micro.advantage_M[chunk], weight,
                                                    micro.batch.sequence_M[chunk], objective)
                     if epoch == s.epochs - 1:
-                        log_ratios.append(log_ratio)
-                    if reference is not None:
+                        seen.log_ratios.append(log_ratio)
+                    if run.reference is not None:
                         kl = kl_k3(logp, micro.reference_logp_M[chunk])
-                        kls.append(kl.detach())
+                        seen.kls.append(kl.detach())
                         total = total + s.beta * (weight * kl).sum()
                     return total
 
-                logp_M, entropy_M = model.completion_log_probs(micro.batch, s.temperature, loss,
-                                                               entropy=first_pass)
+                logp_M, entropy_M = run.model.completion_log_probs(micro.batch, s.temperature, loss,
+                                                                   entropy=first_pass)
                 if first_pass:
                     micro.old_logp_M = logp_M
-                    entropies.append(entropy_M)
-            if not minibatch:
-                state["skipped_steps"] += 1
-                continue
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
-            if not norm.isfinite():
-                raise FloatingPointError(f"the gradient norm is {norm.item()}")
-            norms.append(norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, state["optimizer_steps"])
-            optimizer.step()
+                    seen.entropies.append(entropy_M)
+            if minibatch:
+                seen.norms.append(optimizer_step(run, s))
+    return seen
 
-    metrics = {"learning_rate": learning_rate(s, state["optimizer_steps"]), **state}
-    if everything:
-        old_M = torch.cat([micro.old_logp_M for micro in everything])
-        gap_M = (old_M - torch.cat([micro.sampler_logp_M for micro in everything])).abs()
-        norms = torch.stack(norms)
-        metrics |= ratio_diagnostics(torch.cat(log_ratios),
-                                     torch.cat([micro.advantage_M for micro in everything]),
-                                     torch.cat([micro.weight_M for micro in everything]))
-        metrics |= {"entropy": torch.cat(entropies).mean().item(),
-                    "sampler_gap_mean": gap_M.mean().item(),
-                    "sampler_gap_p99": gap_M.quantile(0.99).item(),
-                    "gradient_norm": norms.mean().item(),
-                    "gradient_limited": (norms > s.max_grad_norm).double().mean().item()}
-        if reference is not None:
-            metrics["kl_reference"] = torch.cat(kls).mean().item()
-    n_tokens = sum(len(micro.batch.ids_N) for micro in everything)
-    ended = time.perf_counter()
-    passes = (s.minibatches > 1) + (reference is not None)
-    metrics |= {"score_s": scored - began, "score_tokens_per_s": passes * n_tokens
-                / (scored - began), "update_s": ended - scored,
-                "update_tokens_per_s": s.epochs * n_tokens / (ended - scored)}
-    return metrics
+
+def optimizer_step(run, s):
+    """One step of AdamW on the gradients at hand; returns their norm before the limit."""
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.max_grad_norm)
+    if not norm.isfinite():
+        raise FloatingPointError(f"the gradient norm is {norm.item()}")
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(s, run.state["optimizer_steps"])
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
+
+
+def update_metrics(seen, minibatches, s):
+    """Metrics over the tokens that were trained on; none where every group was equal."""
+    everything = [micro for minibatch in minibatches for micro in minibatch]
+    if not everything:
+        return {}
+    old_M = torch.cat([micro.old_logp_M for micro in everything])
+    gap_M = (old_M - torch.cat([micro.sampler_logp_M for micro in everything])).abs()
+    norms = torch.stack(seen.norms)
+    metrics = ratio_diagnostics(torch.cat(seen.log_ratios),
+                                torch.cat([micro.advantage_M for micro in everything]),
+                                torch.cat([micro.weight_M for micro in everything]))
+    if seen.kls:
+        metrics["kl_reference"] = torch.cat(seen.kls).mean().item()
+    return metrics | {
+        "entropy": torch.cat(seen.entropies).mean().item(),
+        "sampler_gap_mean": gap_M.mean().item(), "sampler_gap_p99": gap_M.quantile(0.99).item(),
+        "gradient_norm": norms.mean().item(),
+        "gradient_limited": (norms > s.max_grad_norm).double().mean().item()}
 
 
 def learning_rate(s, optimizer_step):
-    """Linear warm-up to the peak, then linear decay to 0 at the last optimizer step (from 1)."""
+    """Linear warm-up to the peak, then linear decay that reaches 0 one step after the last.
+
+    optimizer_step: 1 is the first."""
     total = s.steps * s.epochs * s.minibatches
     rise = optimizer_step / max(s.warmup_steps, 1)
     fall = (total - optimizer_step + 1) / max(total - s.warmup_steps, 1)
     return s.learning_rate * max(min(rise, fall, 1.0), 0.0)
 
 
-@torch.no_grad()
 def noise_floor(model, micro, temperature):
-    """Share of tokens whose ratio leaves 1 ± 0.1 (and 0.2) though every weight moved by 1e-9 only.
+    """Share of tokens whose probability leaves 1 ± 0.1 (and 0.2) times that of an fp32 computation.
 
-    In fp32 it is 0. In bf16 any update draws all rounding anew, and a clip then acts on noise.
+    0 in fp32. In bf16 rounding alone moves ratios that far, and every update draws it anew; a clip
+    then acts on noise. (Moving the weights by 1e-9 instead, as a smallest update, shows nothing for
+    a published model: its weights lie on the bf16 grid, and the cast rounds the move away.)
     """
-    before_M, _ = model.completion_log_probs(micro.batch, temperature)
-    kept = [p.clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.add_(p.sign(), alpha=1e-9)
-    after_M, _ = model.completion_log_probs(micro.batch, temperature)
-    for p, old in zip(model.parameters(), kept):
-        p.copy_(old)
-    distance_M = ((after_M - before_M).exp() - 1).abs()
+    rounded_M, _ = model.completion_log_probs(micro.batch, temperature)
+    dtype, model.compute_dtype = model.compute_dtype, torch.float32
+    exact_M, _ = model.completion_log_probs(micro.batch, temperature)
+    model.compute_dtype = dtype
+    distance_M = ((rounded_M - exact_M).exp() - 1).abs()
     return {f"noise_floor_{limit}": (distance_M > limit).double().mean().item()
             for limit in (0.1, 0.2)}
+
+
+def clock(device):
+    """Seconds, once the device has done what it was asked to."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def mean(values):
@@ -410,26 +427,29 @@ def newest_checkpoint(folder):
 
 
 def append_rows(path, *rows):
+    """Add rows to a JSON-lines file."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(path):
+    """The rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def cut_rows(path, step):
-    """Drop the rows of steps after `step`: they will be made again."""
+    """Drop the rows of steps after `step`, which will be made again, and a line cut by a crash."""
     if path.exists():
-        rows = [row for row in read_rows(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def describe_run(s):
     """What config.json holds beside the settings: commit, versions, device."""
     import transformers
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if s.device.startswith("cuda") else "cpu"
+    device = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "cpu"
     return {"commit": git.stdout.strip() or None, "device_name": device,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "transformers": transformers.__version__}}
@@ -522,9 +542,8 @@ def prepare(s, folder):
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
     checkpoint = newest_checkpoint(folder) if s.resume else None
-    dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
-    model = Qwen2.from_pretrained(checkpoint or s.model, s.device, dtype)
-    reference = Qwen2.from_pretrained(s.model, s.device, dtype).for_sampling() if s.beta else None
+    model = Qwen2.from_pretrained(checkpoint or s.model, s.device, s.dtype)
+    reference = Qwen2.from_pretrained(s.model, s.device, s.dtype).for_sampling() if s.beta else None
     problems, validation, test = split_problems(s)
     prompts = [build_prompt(model.tokenizer, problem)
                for problem in tqdm(problems, desc="prompts", leave=False, delay=2)]
@@ -534,7 +553,7 @@ def prepare(s, folder):
                          f"{s.max_new_tokens}; the model's context holds {model.context}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
                                   eps=1e-8, weight_decay=0.0, fused=True)
-    run = argparse.Namespace(
+    run = SimpleNamespace(
         model=model, reference=reference, optimizer=optimizer, problems=problems, prompts=prompts,
         validation=validation, test=test, step=0, best=-math.inf,
         state={"optimizer_steps": 0, "skipped_steps": 0})
@@ -546,18 +565,27 @@ def prepare(s, folder):
 
 
 def split_problems(s):
-    """(training, validation, test) problems. A set without validation split gives some of its
-    training problems, chosen by the seed."""
+    """(training, validation, test) problems, none in two of them.
+
+    A set without a validation split gives some of its training problems, the same for every seed;
+    a file, which has no splits, gives the test problems too.
+    """
     train = load_problems(s.data, "train")
+    test, validation = [], []
+    is_file = s.data not in SETS and s.data not in {line[0] for line in SETS.values()}
     if s.data == "tiny":
         validation = load_problems(s.data, "validation")[:s.validation_problems]
     else:
-        random.Random(f"{s.seed}/validation").shuffle(train)
+        random.Random("validation").shuffle(train)
         validation, train = train[:s.validation_problems], train[s.validation_problems:]
+    if is_file:
+        test, train = train[:s.test_problems], train[s.test_problems:]
+    elif s.test_problems:
+        test = load_problems(s.data, "test")[:s.test_problems]
     if len(train) < s.prompts_per_step:
         raise ValueError(f"--prompts-per-step is {s.prompts_per_step}, but {s.data} leaves "
-                         f"{len(train)} training problems beside {len(validation)} for validation")
-    test = load_problems(s.data, "test")[:s.test_problems] if s.test_problems else []
+                         f"{len(train)} training problems beside {len(validation)} for validation "
+                         f"(--validation-problems) and {len(test)} for the test (--test-problems)")
     return train, validation, test
 
 
@@ -572,7 +600,7 @@ def score(rollout, problems, tokenizer, s, step):
     finished = [row["n_tokens"] for row in rows if row["finished"]]
     return rows, reward_PG, {
         "reward_mean": reward_PG.mean().item(),
-        "reward_se": (reward_PG.std() / len(rows)**0.5).item(),
+        "reward_se": reward_PG.mean(1).std().nan_to_num().item() / len(reward_PG)**0.5,
         "accuracy": mean(row["flexible"] for row in rows),
         "format_rate": mean(row["format"] for row in rows),
         "length_mean": rollout.n_tokens / len(rows),
@@ -581,50 +609,54 @@ def score(rollout, problems, tokenizer, s, step):
         "sample_s": rollout.seconds, "sample_tokens_per_s": rollout.n_tokens / rollout.seconds}
 
 
-def validate(run, s, folder):
-    """Mean reward and accuracy on the validation problems, sampled as in training; a new best
-    model is saved to best/."""
+def validate(run, s):
+    """Mean reward and accuracy on the validation problems, sampled as in training."""
     rows = answer(run.model, run.validation, s.validation_samples, s.temperature, s.top_p,
                   s.max_new_tokens, s.seed, VALIDATION_STEP, s.rollout_rows, progress="validation")
     golds = [p.gold for p in run.validation for _ in range(s.validation_samples)]
-    metrics = {"validation_reward": mean(
-                   reward(row["text"], gold, row["finished"], s.reward, key=b)
-                   for b, (row, gold) in enumerate(zip(rows, golds))),
-               "validation_accuracy": mean(row["flexible"] for row in rows),
-               "validation_format_rate": mean(row["format"] for row in rows)}
-    if metrics["validation_reward"] > run.best:
-        run.best = metrics["validation_reward"]
-        run.model.save_pretrained(folder / "best")
-    return metrics
+    rewards = [reward(row["text"], gold, row["finished"], s.reward, key=b)
+               for b, (row, gold) in enumerate(zip(rows, golds))]
+    return {"validation_reward": mean(rewards),
+            "validation_accuracy": mean(row["flexible"] for row in rows),
+            "validation_format_rate": mean(row["format"] for row in rows)}
 
 
 def one_step(run, s, step):
     """Sample → score → advantages → update: (metrics, graded rows with their advantages)."""
     chosen = prompt_order(len(run.problems), s.prompts_per_step, step, s.seed)
     problems = [run.problems[i] for i in chosen]
-    rollout = generate(run.model.for_sampling(), [run.prompts[i] for i in chosen], s.group_size,
-                       s.max_new_tokens, s.temperature, s.top_p, s.seed, step, chosen,
-                       s.rollout_rows, progress="sampling")
+    rollout = generate(run.model, [run.prompts[i] for i in chosen], s.group_size, s.max_new_tokens,
+                       s.temperature, s.top_p, s.seed, step, prompt_keys=chosen,
+                       max_rows=s.rollout_rows, progress="sampling")
     rows, reward_PG, metrics = score(rollout, problems, run.model.tokenizer, s, step)
     advantage_PG = group_advantages(reward_PG, s.advantage_scale).float()
     minibatches = lay_out(rollout, advantage_PG, s, run.model.device)
     if step == 1 and any(minibatches):
         metrics |= noise_floor(run.model, next(filter(None, minibatches))[0], s.temperature)
+    began = clock(s.device)
+    entropies = old_log_probs(run, minibatches, s)
+    scored = clock(s.device)
     try:
-        metrics |= update(run.model, run.reference, run.optimizer, minibatches, s, run.state)
+        seen = update(run, minibatches, s)
     except FloatingPointError as e:
         raise FloatingPointError(f"step {step}: {e}; prompts {[p.id for p in problems]}") from e
-    metrics["peak_memory_gib"] = peak_memory_gib(s.device)
+    ended = clock(s.device)
+    seen.entropies += entropies
+    n_tokens = sum(len(micro.batch.ids_N) for minibatch in minibatches for micro in minibatch)
+    n_scored = n_tokens * ((s.minibatches > 1) + (run.reference is not None))
+    metrics |= update_metrics(seen, minibatches, s) | run.state | {
+        "learning_rate": learning_rate(s, run.state["optimizer_steps"]),
+        "score_s": scored - began, "score_tokens_per_s": n_scored / max(scored - began, 1e-9),
+        "update_s": ended - scored, "update_tokens_per_s": s.epochs * n_tokens / (ended - scored),
+        "peak_memory_gib": peak_memory_gib(s.device)}
     for row, advantage in zip(rows, advantage_PG.flatten().tolist()):
         row |= {"step": step, "advantage": advantage}
     return metrics, rows
 
 
 def train(s, folder, stopping=()):
-    """The run. Returns the exit code: 0, or 130 where `stopping` became non-empty (Ctrl-C)."""
+    """The run. Returns the exit code: 0, or 130 where Ctrl-C (`stopping`) cut it short."""
     torch.set_num_threads(s.threads)
-    if s.dtype == "tf32":
-        torch.set_float32_matmul_precision("high")
     print(f"run        {folder}: --model {s.model} --data {s.data} --objective {s.objective}, "
           f"{s.dtype} on {s.device}, seed {s.seed}")
     try:
@@ -639,26 +671,34 @@ def train(s, folder, stopping=()):
     else:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
-    wandb_run = open_wandb(s, folder)
+    if s.wandb:
+        import wandb
+        wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
 
     tqdm.write(console_heading())
-    first, last = run.step, min(s.steps, s.stop_after or s.steps)
-    if not s.resume and s.validate_every <= s.steps:
-        first = -1  # step 0 validates the start model and trains nothing
-    for step in tqdm(range(first + 1, last + 1), desc="training", unit="step", initial=first + 1,
+    validating = s.validate_every <= s.steps  # a run too short to reach a validation makes none
+    first = 0 if validating and not s.resume else run.step + 1
+    last = min(s.steps, s.stop_after or s.steps)
+    for step in tqdm(range(first, last + 1), desc="training", unit="step", initial=first,
                      total=s.steps + 1):
+        metrics, rows = {}, []
         try:
-            metrics, rows = one_step(run, s, step) if step else ({}, [])
+            if step > 0:  # step 0 only validates the start model
+                metrics, rows = one_step(run, s, step)
         except FloatingPointError as e:
             kept = checkpoints(folder)
             sys.exit(f"error: {e}; last good checkpoint: {kept[-1] if kept else 'none yet'}")
-        if step % s.validate_every == 0:
-            metrics |= validate(run, s, folder)
-        append_rows(folder / "metrics.jsonl", {"step": step, **metrics})
+        if validating and (step % s.validate_every == 0 or step == s.steps):
+            metrics |= validate(run, s)
+            if metrics["validation_reward"] > run.best:
+                run.best = metrics["validation_reward"]
+                run.model.save_pretrained(folder / "best")
+        metrics = {"step": step, **metrics}
+        append_rows(folder / "metrics.jsonl", metrics)
         append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
-        tqdm.write(console_line({"step": step, **metrics}))
-        if wandb_run:
-            wandb_run.log(metrics, step=step)
+        tqdm.write(console_line(metrics))
+        if s.wandb:
+            wandb.log(metrics, step=step)
         run.step = step
         if stopping or step == last or (step and step % s.checkpoint_every == 0):
             save_checkpoint(folder, run, s.keep)
@@ -668,7 +708,7 @@ def train(s, folder, stopping=()):
     if run.step < s.steps:
         print(f"stopped after step {run.step} of {s.steps}; go on with --resume --name {s.name}")
         return 130 if stopping else 0
-    if not (folder / "best").exists():  # a run too short to reach a validation
+    if not validating:
         run.model.save_pretrained(folder / "best")
     finish(s, folder, run.test)
     return 0
@@ -682,9 +722,8 @@ def finish(s, folder, test):
         return
     scores = []
     for path in (s.model, folder / "best"):
-        dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
-        rows = answer(Qwen2.from_pretrained(path, s.device, dtype), test, max_rows=s.rollout_rows,
-                      progress="test")
+        # with evaluate.py's own defaults, so that it prints the same figures
+        rows = answer(Qwen2.from_pretrained(path, s.device, s.dtype), test, progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": s.data, "n_problems": len(test),
                                       "base_strict": scores[0], "best_strict": scores[1]})
@@ -706,20 +745,10 @@ def stop_on_ctrl_c():
     return stopping
 
 
-def open_wandb(s, folder):
-    if s.wandb is None:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        sys.exit("error: --wandb needs the package wandb: pip install wandb")
-    return wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
-
-
 def peak_memory_gib(device):
     """Highest memory so far: of the device on CUDA, of the process on the CPU."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / 2**20 if sys.platform != "darwin" else kib / 2**30  # macOS counts bytes
 

@@ -122,7 +122,8 @@ def test_resuming_is_bit_identical(flags):
     run("--name", "halves", "--stop-after", "2", *threads, *flags)
     assert [row["step"] for row in metrics("halves")] == [0, 1, 2]
     assert not Path("runs/halves/test.json").exists()
-    train.append_rows(Path("runs/halves/metrics.jsonl"), {"step": 3})  # left by a killed run
+    with open("runs/halves/metrics.jsonl", "a") as file:  # as a killed run may leave it
+        file.write('{"step": 3}\n{"step": 4, "rew')
     run("--name", "halves", "--resume", *threads, *flags)
     assert repeatable(metrics("halves")) == repeatable(metrics("straight"))
     for folder in ("checkpoints/step_4", "best"):
@@ -132,11 +133,12 @@ def test_resuming_is_bit_identical(flags):
 
 
 def test_resuming_refuses_a_changed_setting_by_name(capsys):
-    run("--stop-after", "2")
+    run("--stop-after", "2", "--model", "tiny/model")
     with pytest.raises(SystemExit):
         train.main(["--resume", "--learning-rate", "0.5"])
     assert "--learning-rate was 0.001" in capsys.readouterr().err
-    assert train.main(["--resume"]) == 0  # all other settings are the run's own
+    # all settings that are not given are the run's own
+    assert train.main(["--resume", "--model", "tiny/model"]) == 0
 
 
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed():
@@ -171,7 +173,7 @@ def settings(**changes):
     return SimpleNamespace(**{**vars(s), **changes})
 
 
-def made_up_rollout(model, P=4, G=4, seed=0):
+def made_up_rollout(P=4, G=4, seed=0):
     """Random prompts and completions of different lengths; rewards differ within every group."""
     g = torch.Generator().manual_seed(seed)
 
@@ -185,22 +187,24 @@ def made_up_rollout(model, P=4, G=4, seed=0):
     return rollout, train.group_advantages(reward_PG)
 
 
-def updated(tmp_state=None, model=None, equal=(), **changes):
-    """Weights and metrics after one update of a made-up rollout."""
+def updated(equal=(), **changes):
+    """The run and its minibatches after one update on a made-up rollout."""
     s = settings(**changes)
-    model = model or Qwen2.from_pretrained("tiny", dtype=changes.get("compute", torch.float32))
-    rollout, advantage_PG = made_up_rollout(model)
+    model = Qwen2.from_pretrained("tiny", dtype=s.dtype)
+    rollout, advantage_PG = made_up_rollout()
     advantage_PG[list(equal)] = 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
-    state = {"optimizer_steps": 0, "skipped_steps": 0}
+    run = SimpleNamespace(model=model, reference=None, state={"optimizer_steps": 0,
+                                                              "skipped_steps": 0},
+                          optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0.0))
     minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
-    found = train.update(model, None, optimizer, minibatches, s, state)
-    return model, found, minibatches
+    train.old_log_probs(run, minibatches, s)
+    train.update(run, minibatches, s)
+    return run, minibatches
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("minibatches", [1, 2])
-def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeypatch, compute,
+def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeypatch, dtype,
                                                                          minibatches):
     calls = []
     policy_loss = train.policy_loss
@@ -209,7 +213,7 @@ def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeyp
         calls.append((logp - old).abs().max().item())
         return policy_loss(logp, old, *rest)
     monkeypatch.setattr(train, "policy_loss", watched)
-    _, _, batches = updated(compute=compute, minibatches=minibatches, tokens_per_microbatch=60)
+    _, batches = updated(dtype=dtype, minibatches=minibatches, tokens_per_microbatch=60)
     first = len(batches[0])
     assert first >= 2, "several micro-batches, or this shows little"
     assert calls[:first] == [0.0] * first  # the first minibatch, before its optimizer step
@@ -217,17 +221,17 @@ def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeyp
 
 
 def test_micro_batches_change_no_update():
-    whole, _, one = updated(tokens_per_microbatch=10**6)
-    split, _, many = updated(tokens_per_microbatch=1)
+    whole, one = updated(tokens_per_microbatch=10**6)
+    split, many = updated(tokens_per_microbatch=1)
     assert [len(m) for m in one] == [1, 1] and [len(m) for m in many] == [2, 2]
     start = weights("tiny")
-    for (name, p), q in zip(whole.named_parameters(), split.parameters()):
+    for (name, p), q in zip(whole.model.named_parameters(), split.model.parameters()):
         moved = (p - start[name]).norm()
         assert (p - q).norm() < 0.01 * moved, name  # AdamW magnifies rounding of tiny gradients
 
 
 def test_equal_groups_are_left_out_but_their_tokens_stay_in_the_divisor():
-    rollout, advantage_PG = made_up_rollout(None)
+    rollout, advantage_PG = made_up_rollout()
     s = settings(minibatches=1)
     full = train.lay_out(rollout, advantage_PG, s, "cpu")
     advantage_PG[1] = 0.0
@@ -241,14 +245,14 @@ def test_equal_groups_are_left_out_but_their_tokens_stay_in_the_divisor():
 
 def test_a_rollout_of_equal_groups_makes_no_optimizer_step_while_the_schedule_advances():
     start = weights("tiny")
-    model, found, minibatches = updated(equal=range(4))
+    run, minibatches = updated(equal=range(4))
     assert minibatches == [[], []]
-    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
-    assert found["optimizer_steps"] == 4 and found["skipped_steps"] == 4
+    assert all(torch.equal(p, start[name]) for name, p in run.model.named_parameters())
+    assert run.state == {"optimizer_steps": 4, "skipped_steps": 4}
 
 
 def test_an_advantage_reaches_every_token_of_its_own_completion():
-    rollout, advantage_PG = made_up_rollout(None)
+    rollout, advantage_PG = made_up_rollout()
     minibatches = train.lay_out(rollout, advantage_PG, settings(tokens_per_microbatch=60), "cpu")
     seen = []
     for micro in (m for minibatch in minibatches for m in minibatch):
@@ -259,13 +263,16 @@ def test_an_advantage_reaches_every_token_of_its_own_completion():
     assert seen == list(zip(rollout.completions, advantage_PG.flatten().tolist()))
 
 
-def test_the_noise_floor_is_zero_in_fp32_and_leaves_the_weights_alone():
+def test_the_noise_floor_is_zero_in_fp32_and_not_in_bf16():
     s = settings()
-    rollout, advantage_PG = made_up_rollout(None)
+    rollout, advantage_PG = made_up_rollout()
     micro = train.lay_out(rollout, advantage_PG, s, "cpu")[0][0]
-    model, start = Qwen2.from_pretrained("tiny"), weights("tiny")
+    model = Qwen2.from_pretrained("tiny")
     assert train.noise_floor(model, micro, 1.0) == {"noise_floor_0.1": 0, "noise_floor_0.2": 0}
-    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    model = Qwen2.from_pretrained("tiny", dtype="bf16")
+    floor = train.noise_floor(model, micro, 0.3)  # a low temperature magnifies the rounding
+    assert 0 < floor["noise_floor_0.2"] < floor["noise_floor_0.1"] < 1
+    assert model.compute_dtype == torch.bfloat16
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
@@ -292,6 +299,17 @@ def test_each_pass_visits_every_problem_once_in_a_new_order():
     assert passes[0] != passes[1] != passes[2]
     assert train.prompt_order(10, 2, 1, seed=1) != passes[0][:2]
     assert len({i for s in (1, 2, 3) for i in train.prompt_order(11, 3, s, seed=0)}) == 9
+
+
+def test_the_files_problems_are_split_three_ways_without_overlap():
+    rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(30)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s = settings(data="mine.jsonl", validation_problems=5, test_problems=7, seed=0)
+    splits = train.split_problems(s)
+    assert [len(split) for split in splits] == [18, 5, 7]
+    assert len({p.id for split in splits for p in split}) == 30
+    other = train.split_problems(SimpleNamespace(**{**vars(s), "seed": 1}))
+    assert other == splits  # every seed is measured on the same problems
 
 
 def test_presets_do_not_depend_on_the_objective_and_hold_the_papers_values():
@@ -330,7 +348,10 @@ def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     (["--model", "no/such/folder"], "no/such/folder: neither a model folder here nor"),
     (["--max-new-tokens", "250"], "longest prompt has .* tokens.*context holds 256"),
     (["--data", "few.jsonl", "--test-problems", "0"], "leaves 0 training problems"),
-    (["--device", "cuda:7"], "--device cuda:7")])
+    (["--data", "math500"], "math500 has no split 'train'"),
+    (["--device", "cuda:77"], "--device is cuda:77; expected cpu, or cuda where"),
+    (["--stop-after", "0"], "--stop-after is 0; expected 1 or more"),
+    (["--wandb", "mine"], "--wandb needs the package wandb")])
 def test_bad_input_is_refused_in_one_line(flags, message, capsys):
     Path("few.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 5)
     with pytest.raises(SystemExit) as stop:
