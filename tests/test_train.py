@@ -388,7 +388,7 @@ from model import Qwen2
 from rollout import SharedPromptAttention
 trained = "runs/hub/checkpoints/step_1"
 ours, base = Qwen2.from_pretrained(trained), Qwen2.from_pretrained("Qwen/Qwen2.5-0.5B")
-assert ours.stop_ids == [151643, 151645] and ours.n_tokens == 151665, (ours.stop_ids, ours.n_tokens)
+assert ours.stop_ids == [151643, 151645] and ours.n_real_ids == 151665, ours.stop_ids
 assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), base.parameters()))
 theirs = AutoModelForCausalLM.from_pretrained(trained)
 assert theirs.dtype == torch.float32
