@@ -47,18 +47,27 @@ class Problem(NamedTuple):
 
 # ---------------------------------------------------------------------------------- problems
 
-# name: (hub repo, config, {our split: the hub's}, question columns, answer column, LaTeX or not)
-# gsm8k needs its config: the hub also has `socratic`. ASDiv has one split, which serves as test.
-# tiny has no repo: its splits are the files tiny/<split>.jsonl beside this one.
+class Source(NamedTuple):
+    """Where a set lies on the hub, and how to read it. Without a repo: tiny/<split>.jsonl."""
+    repo: str | None
+    config: str | None
+    splits: dict  # our name of a split: the hub's
+    question: list  # columns, joined by a space
+    answer: str
+    latex: bool  # whether an answer that is no number is LaTeX
+
+
 TINY = Path(__file__).resolve().parent / "tiny"
 BOTH = {"train": "train", "test": "test"}
-ONE = {"test": "validation", "validation": "validation"}
-SETS = {
-    "tiny": (None, None, {**BOTH, "validation": "validation"}, ["question"], "answer", False),
-    "gsm8k": ("openai/gsm8k", "main", BOTH, ["question"], "answer", False),
-    "svamp": ("ChilleD/SVAMP", None, BOTH, ["Body", "Question"], "Answer", False),
-    "asdiv": ("EleutherAI/asdiv", None, ONE, ["body", "question"], "answer", False),
-    "math500": ("HuggingFaceH4/MATH-500", None, {"test": "test"}, ["problem"], "answer", True),
+ONE = {"test": "validation", "validation": "validation"}  # its only split serves as test
+THREE = {**BOTH, "validation": "validation"}
+SETS = {  # gsm8k needs its config: the hub also has `socratic`
+    "tiny": Source(None, None, THREE, ["question"], "answer", False),
+    "gsm8k": Source("openai/gsm8k", "main", BOTH, ["question"], "answer", False),
+    "svamp": Source("ChilleD/SVAMP", None, BOTH, ["Body", "Question"], "Answer", False),
+    "asdiv": Source("EleutherAI/asdiv", None, ONE, ["body", "question"], "answer", False),
+    "math500": Source("HuggingFaceH4/MATH-500", None, {"test": "test"}, ["problem"], "answer",
+                      True),
 }
 
 
@@ -82,7 +91,7 @@ def load_problems(name_or_path, split="test"):
 
 def read_problems(name_or_path, split="test"):
     """As `load_problems`, but silent: returns (problems, dropped), dropped a list of (id, gold)."""
-    name = next((n for n, line in SETS.items() if line[0] == name_or_path), str(name_or_path))
+    name = next((n for n, s in SETS.items() if s.repo == name_or_path), str(name_or_path))
     columns, answer_column, other_is_latex = ["question"], "answer", False
     if name in SETS:
         repo, config, splits, columns, answer_column, other_is_latex = SETS[name]
@@ -291,14 +300,15 @@ class Number(NamedTuple):
 
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![.\w])\.[0-9]+"
-NUMBER = re.compile(rf"""
+NUMBER = re.compile(rf"""  # 18  -1,234.5  $18  .5  1e3  5/2  2 1/2  50%  50 percent
     (?<![\w^])(?<!\^[{{-])                          # not the 2 of m2, x^2, x^{{2}}, x^-2
     (?P<sign>[-+]?(?:[$€£¥][ ]?)?[-+]?)
     (?P<digits>{DIGITS})(?P<exponent>[eE][-+]?[0-9]{{1,2}}(?!\w))?
     (?:[ ]?/[ ]?(?P<over>[0-9]+)                    # 5/2
       |[ ](?P<part>[0-9]+)/(?P<parts>[0-9]+))?      # 2 1/2
     (?P<percent>[ ]?%|[ ]percent\b)?""", re.VERBOSE)
-# What may follow the number in a gold: a unit in brackets or in words; not "6th", "3 p.m.", "2k".
+# What may follow the number in a gold: a unit in brackets or words, as in "9 (apples)", "12 cm²",
+# "30°", "5 miles per hour"; not "6th", "3 p.m.", "2k".
 UNIT = re.compile(r"°?(?:\s*\([^()]*\)|(?:\s+(?!(?:[ap]\.?m|pi|o'clock)\b)[^\W\d_]{2}"
                   r"[\w./'²³-]*)+)?\.?")
 LATEX_MARKS = re.compile(r"[\\^]|^\$.*\$$")

@@ -238,38 +238,40 @@ def lay_out(rollout, advantage_PG, s, device):
     The weights are those of all completions of a minibatch; groups without advantages are left out
     afterwards (deviation 3). Groups fill a micro-batch up to `tokens_per_microbatch`.
     """
-    G, per_minibatch = rollout.group_size, len(rollout.prompts) // s.minibatches
+    P, G, n = len(rollout.prompts), rollout.group_size, len(rollout.prompts) // s.minibatches
+    length_B = torch.tensor([len(ids) for ids in rollout.completions])
+    weight_B = torch.cat([reduction_weights(part_B, s.reduction, s.max_new_tokens)
+                          for part_B in length_B.split(n * G)])
     minibatches = []
-    for first in range(0, len(rollout.prompts), per_minibatch):
-        groups = range(first, first + per_minibatch)
-        length_PG = torch.tensor([[len(c) for c in rollout.completions[p * G:p * G + G]]
-                                  for p in groups])
-        weight_PG = reduction_weights(length_PG.flatten(), s.reduction, s.max_new_tokens)
-        weight_PG = weight_PG.view(-1, G)
-        packs, n_tokens = [], 0  # prompts of each micro-batch; tokens of the last one
-        for i, p in enumerate(groups):
+    for first in range(0, P, n):
+        packs, n_tokens = [], 0  # the prompts of each micro-batch; the tokens of the last one
+        for p in range(first, first + n):
             if s.beta == 0 and not advantage_PG[p].any():
                 continue
-            size = len(rollout.prompts[p]) + int(length_PG[i].sum())
+            size = len(rollout.prompts[p]) + int(length_B[p * G:p * G + G].sum())
             if not packs or n_tokens + size > s.tokens_per_microbatch:
                 packs.append([])
                 n_tokens = 0
             packs[-1].append(p)
             n_tokens += size
-        minibatches.append([])
-        for pack in packs:
-            rows = [range(p * G, p * G + G) for p in pack]
-            batch = flat_batch([rollout.prompts[p] for p in pack],
-                               [[rollout.completions[b] for b in group] for group in rows], device)
-            length_B = torch.tensor(batch.lengths)
-            local = torch.tensor([p - first for p in pack])
-            logps = [x for group in rows for b in group for x in rollout.logps[b]]
-            minibatches[-1].append(MicroBatch(
-                batch,
-                advantage_PG[pack].flatten().repeat_interleave(length_B).to(device),
-                weight_PG[local].flatten().repeat_interleave(length_B).to(device),
-                torch.tensor(logps, device=device)))
+        minibatches.append([micro_batch(rollout, pack, advantage_PG.flatten(), weight_B, device)
+                            for pack in packs])
     return minibatches
+
+
+def micro_batch(rollout, prompts, advantage_B, weight_B, device):
+    """The MicroBatch of these prompts (indices) and all their completions."""
+    G = rollout.group_size
+    rows = [b for p in prompts for b in range(p * G, p * G + G)]
+    batch = flat_batch([rollout.prompts[p] for p in prompts],
+                       [rollout.completions[p * G:p * G + G] for p in prompts], device)
+    length_R = torch.tensor(batch.lengths)
+
+    def per_token(x_B):
+        return x_B[rows].repeat_interleave(length_R).to(device)
+    logps = [logp for b in rows for logp in rollout.logps[b]]
+    return MicroBatch(batch, per_token(advantage_B), per_token(weight_B),
+                      torch.tensor(logps, device=device))
 
 
 def old_log_probs(run, minibatches, s):
@@ -572,7 +574,7 @@ def split_problems(s):
     """
     train = load_problems(s.data, "train")
     test, validation = [], []
-    is_file = s.data not in SETS and s.data not in {line[0] for line in SETS.values()}
+    is_file = s.data not in SETS and s.data not in {source.repo for source in SETS.values()}
     if s.data == "tiny":
         validation = load_problems(s.data, "validation")[:s.validation_problems]
     else:

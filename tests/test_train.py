@@ -17,9 +17,10 @@ from objectives import noclip
 from rollout import Rollout
 
 ROOT = Path(train.__file__).resolve().parent
-SMALL = ["--prompts-per-step", "4", "--group-size", "4", "--minibatches", "2", "--steps", "4",
-         "--validate-every", "2", "--validation-problems", "5", "--checkpoint-every", "2",
-         "--test-problems", "5", "--learning-rate", "1e-3"]
+SMALL = ["--model", "tiny", "--device", "cpu", "--dtype", "fp32", "--prompts-per-step", "4",
+         "--group-size", "4", "--minibatches", "2", "--steps", "4", "--validate-every", "2",
+         "--validation-problems", "5", "--checkpoint-every", "2", "--test-problems", "5",
+         "--learning-rate", "1e-3"]
 NOT_REPEATABLE = ("_s", "_per_s", "_gib")  # seconds, rates and memory
 
 
@@ -135,7 +136,7 @@ def test_resuming_is_bit_identical(flags):
 def test_resuming_refuses_a_changed_setting_by_name(capsys):
     run("--stop-after", "2", "--model", "tiny/model")
     with pytest.raises(SystemExit):
-        train.main(["--resume", "--learning-rate", "0.5"])
+        train.main(["--model", "tiny", "--resume", "--learning-rate", "0.5"])
     assert "--learning-rate was 0.001" in capsys.readouterr().err
     # all settings that are not given are the run's own
     assert train.main(["--resume", "--model", "tiny/model"]) == 0
@@ -190,13 +191,13 @@ def made_up_rollout(P=4, G=4, seed=0):
 def updated(equal=(), **changes):
     """The run and its minibatches after one update on a made-up rollout."""
     s = settings(**changes)
-    model = Qwen2.from_pretrained("tiny", dtype=s.dtype)
+    model = Qwen2.from_pretrained("tiny", s.device, s.dtype)
     rollout, advantage_PG = made_up_rollout()
     advantage_PG[list(equal)] = 0.0
     run = SimpleNamespace(model=model, reference=None, state={"optimizer_steps": 0,
                                                               "skipped_steps": 0},
                           optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0.0))
-    minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
+    minibatches = train.lay_out(rollout, advantage_PG, s, s.device)
     train.old_log_probs(run, minibatches, s)
     train.update(run, minibatches, s)
     return run, minibatches

@@ -1,0 +1,80 @@
+"""The same claims on a GPU, skipped where there is none: python -m pytest tests/test_cuda.py -s"""
+import pytest
+import torch
+from test_model import SHAPES, random_batch, theirs
+from test_train import metrics, run, updated
+
+import train
+from model import Qwen2
+from rollout import SharedPromptAttention, flat_batch, generate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "stop_on_ctrl_c", lambda: [])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    theirs(*SHAPES[0]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype, limit", [("fp32", 1e-4), ("bf16", 0.2)])
+def test_logits_equal_transformers(folder, dtype, limit):
+    ours, network = Qwen2.from_pretrained(folder, "cuda", dtype), theirs(*SHAPES[0]).cuda()
+    ids = torch.arange(50, device="cuda")
+    with torch.no_grad():
+        attend = SharedPromptAttention([50], [[]], "cuda")
+        difference = (ours.logits(ours(ids, ids, attend)).float() - network(ids[None]).logits[0])
+    print(f"{dtype}: maximum difference of logits {difference.abs().max().item():.1e}")
+    assert difference.abs().max() < limit
+
+
+@pytest.mark.parametrize("dtype, limit", [("fp32", 1e-3), ("bf16", 0.2)])
+def test_cached_decoding_equals_teacher_forcing(folder, dtype, limit):
+    model = Qwen2.from_pretrained(folder, "cuda", dtype)
+    prompts = random_batch()[0]
+    result = generate(model, prompts, 8, 40, 0.8, 0.9, seed=1)
+    groups = [result.completions[i:i + 8] for i in range(0, len(result.completions), 8)]
+    scored, _ = model.completion_log_probs(flat_batch(prompts, groups, "cuda"), 0.8)
+    sampled = torch.tensor([x for row in result.logps for x in row], device="cuda")
+    gap = (scored - sampled).abs()
+    print(f"{dtype}: sampler-trainer gap mean {gap.mean().item():.1e}, max {gap.max().item():.1e}")
+    assert gap.mean() < limit / 10 and gap.max() < limit
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype):
+    log_ratios = []
+    policy_loss = train.policy_loss
+
+    def watched(*arguments):
+        loss, log_ratio = policy_loss(*arguments)
+        log_ratios.append(log_ratio.abs().max().item())
+        return loss, log_ratio
+    monkeypatch.setattr(train, "policy_loss", watched)
+    _, minibatches = updated(device="cuda", dtype=dtype, minibatches=2, tokens_per_microbatch=60)
+    first = len(minibatches[0])
+    assert first >= 2 and log_ratios[:first] == [0.0] * first and max(log_ratios[first:]) > 0
+
+
+def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(folder):
+    model = Qwen2.from_pretrained(folder, "cuda", "bf16")
+    g = torch.Generator().manual_seed(0)
+    for n in (32, 64, 100):  # 64 and 28 + 100: sequences of 64 modulo 128 keys
+        completions = [torch.randint(97, (n,), generator=g).tolist() for _ in range(4)]
+        batch = flat_batch([completions[0][:28]], [completions], "cuda")
+        model.zero_grad()
+        model.completion_log_probs(batch, 1.0, lambda logp, chunk: logp.mean())
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
+def test_the_embedded_model_trains(dtype):
+    run("--device", "cuda", "--dtype", dtype, "--reward", "noise")
+    assert metrics("tiny-pspo-s0")[-1]["gradient_norm"] > 0
