@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -278,10 +279,14 @@ class Qwen2(nn.Module):
 # ------------------------------------------------------------------ files and their errors
 
 def read_json(path):
+    """The JSON object in a file; ValueError where there is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
         raise ValueError(f"{path}: expected a JSON file, found: {e}") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def write_json(path, value):
@@ -350,7 +355,11 @@ def load_weights(model, folder, device):
     for file in files:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: weights are missing; expected safetensors")
-        for name, tensor in load_file(folder / file).items():
+        try:
+            tensors = load_file(folder / file)
+        except SafetensorError as e:
+            raise ValueError(f"{folder / file}: damaged, not a whole safetensors file: {e}") from e
+        for name, tensor in tensors.items():
             weights[name] = tensor.to(device, torch.float32)
     if model.config["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)

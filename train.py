@@ -31,6 +31,7 @@ import importlib.util
 import inspect
 import json
 import math
+import pickle
 import random
 import resource
 import shutil
@@ -47,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from evaluate import answer, grade, summarise
-from model import DTYPES, Qwen2, write_json
+from model import DTYPES, Qwen2, read_json, write_json
 from objectives import (
     OBJECTIVES,
     REDUCTIONS,
@@ -148,11 +149,16 @@ def read_settings(argv):
     s = SimpleNamespace(**{**defaults, **preset, **given})
     s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
     folder = Path("runs") / s.name
+    if s.name in (".", "..") or Path(s.name).name != s.name:
+        parser.error(f"--name is {s.name!r}; expected a plain folder name, made under runs/")
     if s.resume:
         saved = folder / "config.json"
         if not saved.exists():
             parser.error(f"--resume: no run in {folder} (there is no {saved})")
-        settings = json.loads(saved.read_text(encoding="utf-8"))["settings"]
+        try:
+            settings = read_json(saved)["settings"]
+        except (ValueError, KeyError) as e:
+            parser.error(f"--resume: {saved} does not hold a run's settings ({e})")
         per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
         for key, value in given.items():
             if key not in per_call and settings.get(key) != value:
@@ -560,7 +566,12 @@ def prepare(s, folder):
         validation=validation, test=test, step=0, best=-math.inf,
         state={"optimizer_steps": 0, "skipped_steps": 0})
     if checkpoint:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device, weights_only=True)
+        try:
+            trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device,
+                                 weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{checkpoint}/trainer.pt is damaged; delete {checkpoint} to go on "
+                             f"from the checkpoint before it ({str(e).splitlines()[0]})") from e
         optimizer.load_state_dict(trainer.pop("optimizer"))
         vars(run).update(trainer)  # step, best and state
     return run
@@ -663,6 +674,7 @@ def train(s, folder, stopping=()):
           f"{s.dtype} on {s.device}, seed {s.seed}")
     try:
         run = prepare(s, folder)
+        folder.mkdir(parents=True, exist_ok=s.resume)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     announce(s, run)
@@ -671,7 +683,6 @@ def train(s, folder, stopping=()):
             cut_rows(folder / name, run.step)
         print(f"resume     after step {run.step}")
     else:
-        folder.mkdir(parents=True)
         write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
     if s.wandb:
         import wandb

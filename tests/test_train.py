@@ -351,6 +351,7 @@ def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     (["--data", "few.jsonl", "--test-problems", "0"], "leaves 0 training problems"),
     (["--data", "math500"], "math500 has no split 'train'"),
     (["--device", "cuda:77"], "--device is cuda:77; expected cpu, or cuda where"),
+    (["--name", "../up"], "--name is '../up'; expected a plain folder name"),
     (["--stop-after", "0"], "--stop-after is 0; expected 1 or more"),
     (["--wandb", "mine"], "--wandb needs the package wandb")])
 def test_bad_input_is_refused_in_one_line(flags, message, capsys):
@@ -362,6 +363,21 @@ def test_bad_input_is_refused_in_one_line(flags, message, capsys):
     assert stop.value.code not in (0, None) and re.search(message, "\n".join(lines)), lines
     errors = [line for line in lines if "error" in line]
     assert len(errors) == 1 and not Path("runs").exists()
+
+
+def test_a_damaged_checkpoint_is_named():
+    run("--stop-after", "2")
+    checkpoint = Path("runs/tiny-pspo-s0/checkpoints/step_2")
+    for file, message in (("trainer.pt", "step_2/trainer.pt is damaged; delete"),
+                          ("model.safetensors", "model.safetensors: damaged")):
+        whole = (checkpoint / file).read_bytes()
+        (checkpoint / file).write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(SystemExit, match=message):
+            train.main(["--model", "tiny", "--resume"])
+        (checkpoint / file).write_bytes(whole)
+    Path("runs/tiny-pspo-s0/config.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        train.main(["--model", "tiny", "--resume"])
 
 
 def test_a_run_folder_that_exists_is_refused(capsys):
