@@ -40,15 +40,16 @@ def pass_at_k(n, c, k):
 def grade(rollout, problems, tokenizer, progress=None):
     """Grade every completion of a rollout, problems[p] being prompt p: a list of dicts, one a row.
 
-    Rows hold problem (id), sample, text, n_tokens, finished, strict, flexible and format (bools).
+    Rows hold problem (id), sample, text, gold, n_tokens, finished and the bools strict, flexible
+    and format.
     """
     rows, G = [], rollout.group_size
     for b, ids in enumerate(tqdm(rollout.completions, desc=progress, unit="answer", leave=False,
                                  delay=2, disable=progress is None)):
         problem, finished = problems[b // G], rollout.finished[b]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        rows.append({"problem": problem.id, "sample": b % G, "text": text, "n_tokens": len(ids),
-                     "finished": finished,
+        rows.append({"problem": problem.id, "sample": b % G, "text": text,
+                     "gold": problem.gold, "n_tokens": len(ids), "finished": finished,
                      "strict": is_correct(text, problem.gold, "strict", finished),
                      "flexible": is_correct(text, problem.gold, "flexible", finished),
                      "format": has_format(text, finished, problem.gold)})
@@ -130,6 +131,12 @@ def main(argv=None):
     try:
         for name in args.models:  # a name that is wrong shows before the first model is evaluated
             model_folder(name)
+        for data in args.data:
+            if Path(data).is_file():
+                print(f"{data}: a file has no splits, all its rows are used (a run that trained on "
+                      "a file leaves the problems it held out in test.jsonl)", file=sys.stderr)
+        if args.samples > 1 and not any(args.temperature):
+            print("--samples is for --temperature above 0; greedy answers once", file=sys.stderr)
         sets = {data: load_problems(data, args.split)[:args.limit] for data in args.data}
         out.mkdir(parents=True)
         summaries = []

@@ -297,8 +297,13 @@ def write_json(path, value):
 def model_folder(name_or_path):
     """The folder itself, the embedded default for "tiny", or a local copy of the hub's model."""
     folder = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / "best").is_dir():
         return folder
+    if (folder / "best").is_dir():
+        raise FileNotFoundError(f"{folder} is a run; its models are {folder / 'best'} and "
+                                f"{folder / 'checkpoints' / 'step_N'}")
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; give the model folder that holds it")
     if folder.is_dir():
         raise FileNotFoundError(f"{folder}: no config.json in this folder; expected a model folder "
                                 "in the hub's format (config.json, *.safetensors, tokenizer files)")

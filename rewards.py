@@ -13,6 +13,7 @@ A completion is hostile input: it is searched with linear-time patterns and comp
 decimals, never evaluated. LaTeX goes through math-verify in a process of its own, which ends
 itself when a comparison takes too long, because sympy can be kept busy for hours.
 """
+import argparse
 import faulthandler
 import functools
 import hashlib
@@ -156,7 +157,9 @@ def _file_rows(path):
             try:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise ValueError(f"{path}, line {n}: not JSON: {error}") from error
+                detail = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                raise ValueError(f"{path}, line {n}: not JSON, expected one object a line: "
+                                 f"{detail}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {n}: expected an object with the columns question "
                                  f"and answer, found {type(row).__name__}")
@@ -533,7 +536,9 @@ def _latex_worker():
 def main():
     """Show a problem of each set and a prompt, then grade what is typed."""
     shown, hub_answers = [], True
-    for name in sys.argv[1:] or SETS:
+    parser = argparse.ArgumentParser(description="Show problems, then grade what is typed.")
+    parser.add_argument("name", nargs="*", help=f"sets or files; of {', '.join(SETS)}")
+    for name in parser.parse_args().name or SETS:
         if name in SETS and name != "tiny" and not hub_answers:
             print(f"\n{name}: not tried, the hub does not answer")
             continue
@@ -547,7 +552,7 @@ def main():
         print(f"\n{name}: {len(problems)} problems, for example {problems[0].id}\n"
               f"  question: {problems[0].question}\n  gold: {problems[0].gold}")
     if not shown:
-        return
+        sys.exit(1)
     problem = shown[0]
     if (TINY / "model").is_dir():
         from transformers import AutoTokenizer
@@ -565,4 +570,7 @@ def main():
 
 
 if __name__ == "__main__":
-    _latex_worker() if sys.argv[1:] == ["--latex-worker"] else main()
+    try:
+        _latex_worker() if sys.argv[1:] == ["--latex-worker"] else main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -459,7 +459,9 @@ def main():
     from model import Qwen2
     from rewards import Problem, build_prompt
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample from a model folder.")
-    parser.add_argument("question", nargs="+", help="one or more questions")
+    parser.add_argument("question", nargs="*", help="one or more questions",
+                        default=["Tom has 3 boxes of 4 pens and finds 5 more pens. "
+                                 "How many pens is that?"])
     parser.add_argument("--model", default="tiny", help="hub name or folder")
     parser.add_argument("-n", type=int, default=1, help="completions per question")
     parser.add_argument("--temperature", type=float, default=1.0, help="≥ 0; 0 is greedy")
@@ -469,6 +471,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     check_sampling(parser, args)
+    if args.n < 1:
+        parser.error(f"-n is {args.n}; expected 1 or more")
     try:
         model = Qwen2.from_pretrained(args.model, args.device)
         prompts = [build_prompt(model.tokenizer, Problem(str(i), q, "0", "number"))

@@ -31,9 +31,11 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -159,6 +161,9 @@ def read_settings(argv):
             settings = read_json(saved)["settings"]
         except (ValueError, KeyError) as e:
             parser.error(f"--resume: {saved} does not hold a run's settings ({e})")
+        if settings["objective"] not in OBJECTIVES:
+            parser.error(f"--resume: {folder} was trained with --objective "
+                         f"{settings['objective']}, which objectives.py no longer has")
         per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
         for key, value in given.items():
             if key not in per_call and settings.get(key) != value:
@@ -166,9 +171,9 @@ def read_settings(argv):
                 parser.error(f"--resume: {flag} was {settings.get(key)} in {folder}, now {value}; "
                              "leave it out, or start a new run with another --name")
         s = SimpleNamespace(**{**settings, **per_call})
-    elif folder.exists():
-        parser.error(f"{folder} exists; continue it with --resume or choose another --name")
     check_settings(parser, s, given)
+    if folder.exists() and not s.resume:
+        parser.error(f"{folder} exists; continue it with --resume or choose another --name")
     return s, folder
 
 
@@ -202,6 +207,8 @@ def check_settings(parser, s, given):
         parser.error(f"--rollout-rows {s.rollout_rows} does not hold one group of {s.group_size}")
     if s.stop_after is not None and s.stop_after < 1:
         parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
+    if s.threads > (os.cpu_count() or s.threads):
+        parser.error(f"--threads is {s.threads}; this machine has {os.cpu_count()} cores")
     if s.wandb is not None and importlib.util.find_spec("wandb") is None:
         parser.error("--wandb needs the package wandb: pip install wandb")
     for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
@@ -338,7 +345,8 @@ def optimizer_step(run, s):
     """One step of AdamW on the gradients at hand; returns their norm before the limit."""
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.max_grad_norm)
     if not norm.isfinite():
-        raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        raise FloatingPointError(f"the gradient norm is {norm.item()} (a lower --learning-rate or "
+                                 "--max-grad-norm may help)")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(s, run.state["optimizer_steps"])
     run.optimizer.step()
@@ -591,14 +599,15 @@ def split_problems(s):
     else:
         random.Random("validation").shuffle(train)
         validation, train = train[:s.validation_problems], train[s.validation_problems:]
-    if is_file:
+    if is_file:  # `train` writes them to test.jsonl, for evaluate.py
         test, train = train[:s.test_problems], train[s.test_problems:]
     elif s.test_problems:
         test = load_problems(s.data, "test")[:s.test_problems]
     if len(train) < s.prompts_per_step:
-        raise ValueError(f"--prompts-per-step is {s.prompts_per_step}, but {s.data} leaves "
-                         f"{len(train)} training problems beside {len(validation)} for validation "
-                         f"(--validation-problems) and {len(test)} for the test (--test-problems)")
+        raise ValueError(f"{s.data} leaves {len(train)} training problems beside "
+                         f"--validation-problems {s.validation_problems} and --test-problems "
+                         f"{s.test_problems}; --prompts-per-step {s.prompts_per_step} needs that "
+                         "many: lower these three, or give more problems")
     return train, validation, test
 
 
@@ -664,6 +673,8 @@ def one_step(run, s, step):
         "peak_memory_gib": peak_memory_gib(s.device)}
     for row, advantage in zip(rows, advantage_PG.flatten().tolist()):
         row |= {"step": step, "advantage": advantage}
+    for row, problem in zip(rows[::s.group_size], problems):
+        row["question"] = problem.question
     return metrics, rows
 
 
@@ -684,6 +695,9 @@ def train(s, folder, stopping=()):
         print(f"resume     after step {run.step}")
     else:
         write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
+        if run.test:
+            append_rows(folder / "test.jsonl", *({"question": p.question, "answer": p.gold}
+                                                 for p in run.test))
     if s.wandb:
         import wandb
         wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
@@ -692,8 +706,8 @@ def train(s, folder, stopping=()):
     validating = s.validate_every <= s.steps  # a run too short to reach a validation makes none
     first = 0 if validating and not s.resume else run.step + 1
     last = min(s.steps, s.stop_after or s.steps)
-    for step in tqdm(range(first, last + 1), desc="training", unit="step", initial=first,
-                     total=s.steps + 1):
+    bar = tqdm(total=s.steps, desc="training", unit="step", initial=run.step)
+    for step in range(first, last + 1):
         metrics, rows = {}, []
         try:
             if step > 0:  # step 0 only validates the start model
@@ -713,13 +727,16 @@ def train(s, folder, stopping=()):
         if s.wandb:
             wandb.log(metrics, step=step)
         run.step = step
+        bar.update(step > 0)
         if stopping or step == last or (step and step % s.checkpoint_every == 0):
             save_checkpoint(folder, run, s.keep)
             draw_curves(folder)
         if stopping:
             break
+    bar.close()
     if run.step < s.steps:
-        print(f"stopped after step {run.step} of {s.steps}; go on with --resume --name {s.name}")
+        print(f"stopped after step {run.step} of {s.steps}; go on with "
+              f"--resume --name {shlex.quote(s.name)}")
         return 130 if stopping else 0
     if not validating:
         run.model.save_pretrained(folder / "best")
@@ -731,7 +748,8 @@ def finish(s, folder, test):
     """What the run gained: greedy strict accuracy of the base model and of best/."""
     if not test:
         print(f"wrote {folder}/best; to measure it:\n"
-              f"python evaluate.py {s.model} {folder}/best --data {s.data}")
+              f"python evaluate.py {s.model} {shlex.quote(str(folder / 'best'))} --data "
+              f"{shlex.quote(s.data)}")
         return
     scores = []
     for path in (s.model, folder / "best"):

@@ -183,6 +183,12 @@ def test_what_is_not_computed_here_is_refused_by_name(tmp_path, changes, message
 def test_a_folder_that_is_no_model_folder_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         Qwen2.from_pretrained(tmp_path)
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="run is a run; its models are .*best and"):
+        Qwen2.from_pretrained(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="is a file; give the model folder"):
+        Qwen2.from_pretrained(tmp_path / "run" / "config.json")
     folder = edited(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors: weights are missing"):

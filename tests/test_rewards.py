@@ -456,7 +456,7 @@ except ConnectionError as error:
     assert done.stdout.count("\n") == 1
     assert "cannot load openai/gsm8k, split test, from the hub" in done.stdout
     assert "give the path of a .jsonl file with the columns question and answer" in done.stdout
-    shown = python(["rewards.py", "gsm8k", "svamp"], env).stdout
+    shown = python(["rewards.py", "tiny", "gsm8k", "svamp"], env).stdout
     assert "svamp: not tried, the hub does not answer" in shown
 
 

@@ -62,7 +62,8 @@ def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
     run()
     folder = Path("runs/tiny-pspo-s0")
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
-                                                  "curves.png", "checkpoints", "best", "test.json"}
+                                                  "curves.png", "checkpoints", "best", "test.json",
+                                                  "test.jsonl"}
     assert [row["step"] for row in metrics("tiny-pspo-s0")] == [0, 1, 2, 3, 4]
     assert [p.name for p in train.checkpoints(folder)] == ["step_2", "step_4"]
     before, after = weights("tiny"), weights(folder / "checkpoints" / "step_4")
@@ -280,7 +281,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
     def broken(ratio, advantage):
         return noclip(ratio, advantage) * float("nan")
     monkeypatch.setitem(train.OBJECTIVES, "noclip", broken)
-    with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan; prompts \['tiny/tr"):
+    with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan .*; prompts \['tiny"):
         run("--objective", "noclip", "--reward", "noise")
 
 
@@ -348,7 +349,8 @@ def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     (["--model", "no/such/folder"], "no/such/folder: neither a model folder here nor"),
     (["--max-new-tokens", "250"], "longest prompt has .* tokens.*context holds 256"),
-    (["--data", "few.jsonl", "--test-problems", "0"], "leaves 0 training problems"),
+    (["--data", "few.jsonl", "--test-problems", "0"], "leaves 0 training.*lower these three"),
+    (["--threads", "5000"], "--threads is 5000; this machine has"),
     (["--data", "math500"], "math500 has no split 'train'"),
     (["--device", "cuda:77"], "--device is cuda:77; expected cpu, or cuda where"),
     (["--name", "../up"], "--name is '../up'; expected a plain folder name"),
@@ -363,6 +365,17 @@ def test_bad_input_is_refused_in_one_line(flags, message, capsys):
     assert stop.value.code not in (0, None) and re.search(message, "\n".join(lines)), lines
     errors = [line for line in lines if "error" in line]
     assert len(errors) == 1 and not Path("runs").exists()
+
+
+def test_a_run_on_a_file_leaves_its_test_problems_for_evaluate():
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
+    Path("my file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--data", "my file.jsonl", "--steps", "2")
+    held_out = train.read_rows(Path("runs/tiny-pspo-s0/test.jsonl"))
+    trained_on = {row["question"] for row in
+                  train.read_rows(Path("runs/tiny-pspo-s0/samples.jsonl")) if "question" in row}
+    assert len(held_out) == 5 and all(row in rows for row in held_out)
+    assert trained_on and not trained_on & {row["question"] for row in held_out}
 
 
 def test_a_damaged_checkpoint_is_named():
