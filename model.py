@@ -261,7 +261,7 @@ class Qwen2(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write a folder that transformers and vLLM load: fp32 weights, config, tokenizer."""
+        """Write a folder in the hub's format: fp32 weights, configs and tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
