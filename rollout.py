@@ -36,7 +36,8 @@ class PaddedSequences:
     """Index tensors that view flat tokens as padded sequences, inside attention only.
 
     Sequence i asks with its own tokens (rows `start … start + length` of the flat axis), and sees
-    the tokens of its prefix followed by its own up to the one that asks. All prefixes may be None.
+    the tokens of its prefix followed by its own up to the one that asks. Without the prefix
+    arguments no sequence has a prefix.
     """
 
     def __init__(self, start_B, length_B, prefix_start_B=None, prefix_length_B=None):

@@ -535,17 +535,13 @@ CONSOLE = {  # heading -> metric, format
     "valid": ("validation_reward", "6.3f")}
 
 
-def console_line(metrics):
+def console_line(metrics=None):
+    """One aligned line: these metrics, blank where one is missing; without any, the headings."""
     cells = []
     for heading, (key, form) in CONSOLE.items():
-        width = max(len(heading), int(form.split(".")[0].rstrip("d")))
-        cells.append((format(metrics[key], form) if key in metrics else "").rjust(width))
+        cell = heading if metrics is None else format(metrics[key], form) if key in metrics else ""
+        cells.append(cell.rjust(max(len(heading), int(form.split(".")[0].rstrip("d")))))
     return "  ".join(cells)
-
-
-def console_heading():
-    widths = [max(len(h), int(form.split(".")[0].rstrip("d"))) for h, (_, form) in CONSOLE.items()]
-    return "  ".join(h.rjust(w) for h, w in zip(CONSOLE, widths))
 
 
 # ------------------------------------------------------------------ the run
@@ -616,7 +612,7 @@ def score(rollout, problems, tokenizer, s, step):
     G = rollout.group_size
     rows = grade(rollout, problems, tokenizer)
     for b, row in enumerate(rows):
-        row["reward"] = reward(row["text"], problems[b // G].gold, row["finished"], s.reward,
+        row["reward"] = reward(row["text"], row["gold"], row["finished"], s.reward,
                                key=(s.seed, step, b))
     reward_PG = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
     finished = [row["n_tokens"] for row in rows if row["finished"]]
@@ -635,9 +631,8 @@ def validate(run, s):
     """Mean reward and accuracy on the validation problems, sampled as in training."""
     rows = answer(run.model, run.validation, s.validation_samples, s.temperature, s.top_p,
                   s.max_new_tokens, s.seed, VALIDATION_STEP, s.rollout_rows, progress="validation")
-    golds = [p.gold for p in run.validation for _ in range(s.validation_samples)]
-    rewards = [reward(row["text"], gold, row["finished"], s.reward, key=b)
-               for b, (row, gold) in enumerate(zip(rows, golds))]
+    rewards = [reward(row["text"], row["gold"], row["finished"], s.reward, key=b)
+               for b, row in enumerate(rows)]
     return {"validation_reward": mean(rewards),
             "validation_accuracy": mean(row["flexible"] for row in rows),
             "validation_format_rate": mean(row["format"] for row in rows)}
@@ -702,7 +697,7 @@ def train(s, folder, stopping=()):
         import wandb
         wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
 
-    tqdm.write(console_heading())
+    tqdm.write(console_line())
     validating = s.validate_every <= s.steps  # a run too short to reach a validation makes none
     first = 0 if validating and not s.resume else run.step + 1
     last = min(s.steps, s.stop_after or s.steps)
