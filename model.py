@@ -28,7 +28,7 @@ ARCHITECTURE = "qwen2"  # `model_type` in config.json
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-HEAD_BYTES = 2**29  # chosen: one fp32 (tokens, V) tensor of the chunked head, 883 tokens of
+HEAD_BYTES = 2**26  # chosen: one fp32 (tokens, V) tensor of the chunked head, 883 tokens of
 # Qwen2.5; about three such tensors live at once
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
@@ -172,52 +172,71 @@ class Qwen2(nn.Module):
             x = block(x, rotary, attend, layer)
         return self.model["norm"](x)
 
+    @property
+    def head_weight(self):
+        """(V, C): the output head, which is the embedding where the two are tied."""
+        tied = self.config["tie_word_embeddings"]
+        return self.model["embed_tokens"].weight if tied else self.lm_head.weight
+
     def logits(self, hidden_NC):
         """(N, V) in the dtype of `hidden_NC`."""
-        head = self.model["embed_tokens"] if self.config["tie_word_embeddings"] else self.lm_head
-        return F.linear(hidden_NC, head.weight.to(hidden_NC.dtype))
+        return F.linear(hidden_NC, self.head_weight.to(hidden_NC.dtype))
 
-    def log_probs(self, hidden_NC, temperature=1.0):
+    def log_probs(self, hidden_NC, temperature=1.0, weight_VC=None):
         """log softmax(logits / temperature) over the real tokens: (N, n_real_ids) fp32, nats.
 
         The one definition of probability: the sampler, the old, new and reference policy and the
-        entropy all come from here.
+        entropy all come from here. weight_VC: the head's real rows in the dtype of `hidden_NC`,
+        where the caller has them at hand.
         """
-        logits = self.logits(hidden_NC)[:, :self.n_real_ids].float()
-        return F.log_softmax(logits.div_(temperature), -1)
+        if weight_VC is None:
+            weight_VC = self.head_weight[:self.n_real_ids].to(hidden_NC.dtype)
+        logits = F.linear(hidden_NC, weight_VC).float()
+        return F.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1)
 
     def completion_log_probs(self, batch, temperature=1.0, loss=None, entropy=False):
         """Log-probabilities of a batch's completion tokens; with `loss`, also its gradient.
 
         The head is computed at the positions that predict completion tokens only, a few whole
-        completions at a time. With `loss` each chunk runs backward at once into a detached copy of
-        its hidden states, and one backward through the body follows: equal to autograd, while no
-        (M, V) tensor is ever whole.
+        completions at a time: each chunk's log-probabilities are overwritten by the gradient of its
+        logits, g · (1[token] − softmax) / temperature with g = ∂loss/∂logp. One backward through
+        the body follows. Equal to autograd, with one (chunk, V) tensor instead of several (M, V).
 
         batch: rollout.FlatBatch. loss(logp_chunk, chunk) -> scalar: called once per chunk, a slice
             of M; the losses of all chunks are added, so it must be a weighted sum, not a mean.
         Returns logp_M and entropy_M (or None), fp32, nats, no grad.
         """
-        training = loss is not None
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(loss is not None):
             hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
             hidden_MC = hidden_NC.index_select(0, batch.predictor_M)
-            chunks = batch.chunks(max_tokens=HEAD_BYTES // (4 * self.n_real_ids))
-            leaves, logps, entropies = [], [], []
-            for chunk in chunks:
-                leaves.append(hidden_MC[chunk].detach().requires_grad_(training))
-                logp_MV = self.log_probs(leaves[-1], temperature)
-                logp = logp_MV.gather(1, batch.target_M[chunk, None]).squeeze(1)
+        logps, entropies, gradients = [], [], []
+        with torch.no_grad():
+            weight_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
+            for chunk in batch.chunks(max_tokens=HEAD_BYTES // (4 * self.n_real_ids)):
+                target_M1 = batch.target_M[chunk, None]
+                x_MV = self.log_probs(hidden_MC[chunk], temperature, weight_VC)
+                logps.append(x_MV.gather(1, target_M1).squeeze(1))
                 if entropy:
-                    logp_MV = logp_MV.detach()
-                    entropies.append(-(logp_MV.exp() * logp_MV).sum(1))
-                del logp_MV
-                if training:
-                    loss(logp, chunk).backward()
-                logps.append(logp.detach())
-            if training:
-                hidden_MC.backward(torch.cat([leaf.grad for leaf in leaves]))
+                    entropies.append(-torch.einsum("mv,mv->m", x_MV.exp(), x_MV))
+                if loss is not None:
+                    g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
+                    x_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1)
+                    gradients.append(self.head_backward(x_MV, hidden_MC[chunk], weight_VC))
+        if loss is not None:
+            hidden_MC.backward(torch.cat(gradients))
         return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+    def head_backward(self, gradient_MV, hidden_MC, weight_VC):
+        """Add the head's gradient, in fp32, to its weight's; return that of its input, (M, C)."""
+        gradient_MV = gradient_MV.to(hidden_MC.dtype)
+        if self.head_weight.grad is None:
+            self.head_weight.grad = torch.zeros_like(self.head_weight)
+        total_VC = self.head_weight.grad[:self.n_real_ids]
+        if hidden_MC.dtype == torch.float32:
+            total_VC.addmm_(gradient_MV.T, hidden_MC)
+        else:
+            total_VC += gradient_MV.T @ hidden_MC
+        return gradient_MV @ weight_VC
 
     def for_sampling(self):
         """The same model without gradients and with its weights cast once to `compute_dtype`.
@@ -274,6 +293,13 @@ class Qwen2(nn.Module):
                    {**self.generation_config, "eos_token_id": self.stop_ids})
         for name, content in self.tokenizer_files.items():
             (folder / name).write_bytes(content)
+
+
+def gradient_of(loss, logp_M, chunk):
+    """∂loss/∂logp of one chunk: (M,) fp32."""
+    with torch.enable_grad():
+        leaf_M = logp_M.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf_M, chunk), leaf_M)[0]
 
 
 # ------------------------------------------------------------------ files and their errors

@@ -1,0 +1,106 @@
+"""The peers, on the same weights, prompts and lengths: transformers' `generate`, TRL's trainer.
+
+Everything here needs bench/requirements.txt; ours alone needs none of it.
+"""
+import functools
+import time
+
+import torch
+
+
+def hf_model(ours):
+    """transformers' network with the weights of ours (its own copy)."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    config = Qwen2Config(**{k: v for k, v in ours.config.items() if k != "model_type"})
+    config.eos_token_id = config.bos_token_id = None
+    theirs = Qwen2ForCausalLM(config)
+    theirs.load_state_dict({k: v.detach() for k, v in ours.state_dict().items()}, strict=False)
+    theirs.tie_weights()
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    return theirs.to(ours.device, ours.compute_dtype)
+
+
+def hf_generate(network, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0,
+                cache="dynamic", **more):
+    """transformers' generate on left-padded rows, each prompt `group_size` times."""
+    longest = max(map(len, prompts))
+    rows = [p for p in prompts for _ in range(group_size)]
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in rows], device=network.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in rows],
+                        device=network.device)
+    with torch.inference_mode():
+        out = network.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0,
+                               temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
+                               cache_implementation=None if cache == "dynamic" else cache,
+                               disable_compile=True, **more)
+    return out[:, longest:]
+
+
+def tokenizer(vocabulary, eos):
+    """Texts such as "17 4 88" stand for these ids. Padding is id 0, `eos` may lie outside."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = {str(i): i for i in range(max(vocabulary, eos + 1))}
+    fast = Tokenizer(models.WordLevel(words, unk_token="0"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=str(eos), pad_token="0")
+
+
+def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folder, temperature=1.0,
+               top_p=1.0, iterations=2, cache="static", device_batch=None, threads=2):
+    """Train with TRL's GRPOTrainer for `rounds` rollouts, each used `iterations` times.
+
+    between(): called after each rollout's last update, outside the time; this is where ours runs,
+    so that the two take turns. Returns one {"cycle", "sample"} of seconds for each round.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    network = hf_model(ours).float()
+    vocabulary, B = ours.config["vocab_size"], len(prompts) * group_size
+    device_batch = device_batch or B
+    on_cpu = ours.device.type == "cpu"
+    config = GRPOConfig(
+        output_dir=str(folder), use_cpu=on_cpu, bf16=ours.compute_dtype == torch.bfloat16,
+        per_device_train_batch_size=device_batch, gradient_accumulation_steps=B // device_batch,
+        num_generations=group_size, num_iterations=iterations, max_completion_length=max_new_tokens,
+        max_steps=rounds * iterations, temperature=temperature, top_p=top_p, top_k=0,
+        cache_implementation=None if cache == "dynamic" else cache, gradient_checkpointing=False,
+        learning_rate=1e-6, beta=0.0, save_strategy="no", report_to="none", logging_strategy="no",
+        disable_tqdm=True, shuffle_dataset=False, optim="adamw_torch_fused",
+        generation_kwargs={"eos_token_id": -1})
+
+    def rewards(completions, **_):
+        return torch.rand(len(completions), generator=generator).tolist()
+
+    marks, samples = [], []
+
+    class Turns(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % iterations == 0:
+                marks.append(time.perf_counter() - self.began)
+                between()
+                self.began = time.perf_counter()
+
+        def on_train_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+    generator, turns = torch.Generator().manual_seed(0), Turns()
+    rows = [{"prompt": " ".join(map(str, p))} for p in prompts] * rounds
+    trainer = GRPOTrainer(model=network, args=config, train_dataset=Dataset.from_list(rows),
+                          reward_funcs=rewards, processing_class=tokenizer(vocabulary, vocabulary),
+                          callbacks=[turns])
+    plain = network.generate
+
+    @functools.wraps(plain)
+    def timed(*args, **kwargs):
+        began = time.perf_counter()
+        out = plain(*args, **kwargs)
+        samples.append(time.perf_counter() - began)
+        assert out.shape[1] - kwargs["input_ids"].shape[1] == max_new_tokens
+        return out
+    network.generate = timed
+    torch.set_num_threads(threads)
+    trainer.train()
+    return [{"cycle": cycle, "sample": sample} for cycle, sample in zip(marks, samples)]
