@@ -13,8 +13,10 @@ Axis letters: N flat tokens, M completion tokens among them, C model width, H qu
 K key/value heads, D head width, V vocabulary.
 """
 import argparse
+import ctypes
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +34,13 @@ HEAD_BYTES = 2**26  # chosen: one fp32 (tokens, V) tensor of the chunked head, 8
 # Qwen2.5; about three such tensors live at once
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
+# glibc hands every large tensor back to the system when it is freed, and the next one of its size
+# waits for zeroed pages. Keeping them made CPU sampling and updates 1.1 to 1.3 times faster.
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
 
 class Linear(nn.Linear):
     """A linear layer whose master weights are cast to the dtype of what flows through it."""
@@ -42,7 +51,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, the division in fp32."""
+    """x / sqrt(mean(x²) + eps) · weight."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -50,9 +59,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * x32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -62,15 +69,13 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
         width, self.head_width = c["hidden_size"], c["head_dim"]
-        self.q_proj = Linear(width, self.n_heads * self.head_width)
-        self.k_proj = Linear(width, self.n_kv_heads * self.head_width)
-        self.v_proj = Linear(width, self.n_kv_heads * self.head_width)
+        self.qkv_proj = Linear(width, (self.n_heads + 2 * self.n_kv_heads) * self.head_width)
         self.o_proj = Linear(self.n_heads * self.head_width, width, bias=False)
 
     def forward(self, x, rotary, attend, layer):
-        q = rotate(self.q_proj(x).view(-1, self.n_heads, self.head_width), rotary)     # (N, H, D)
-        k = rotate(self.k_proj(x).view(-1, self.n_kv_heads, self.head_width), rotary)  # (N, K, D)
-        v = self.v_proj(x).view(-1, self.n_kv_heads, self.head_width)                  # (N, K, D)
+        H, K = self.n_heads, self.n_kv_heads
+        qk, v = self.qkv_proj(x).view(-1, H + 2 * K, self.head_width).split([H + K, K], 1)
+        q, k = rotate(qk, rotary).split([H, K], 1)  # (N, H, D), (N, K, D)
         return self.o_proj(attend(layer, q, k, v).flatten(1))
 
 
@@ -79,12 +84,12 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c["hidden_size"], c["intermediate_size"], bias=False)
-        self.up_proj = Linear(c["hidden_size"], c["intermediate_size"], bias=False)
+        self.gate_up_proj = Linear(c["hidden_size"], 2 * c["intermediate_size"], bias=False)
         self.down_proj = Linear(c["intermediate_size"], c["hidden_size"], bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -104,18 +109,17 @@ class Layer(nn.Module):
 
 
 def rotary_table(positions_N, head_width, theta, dtype):
-    """cos and sin of position · theta^(−2i/D), each (N, 1, D): angles in fp32, then `dtype`."""
+    """cos and ∓sin of position · theta^(−2i/D), each (N, 1, D): angles in fp32, then `dtype`."""
     i = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32)
-    angle = positions_N[:, None].float() * theta ** (-i / head_width)  # (N, D/2)
-    angle = torch.cat([angle, angle], -1)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = (positions_N[:, None].float() * theta ** (-i / head_width))[:, None]  # (N, 1, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x, rotary):
     """Rotate each pair (x_i, x_{i+D/2}) of a head by its position's angle (RoPE, 2104.09864)."""
     cos, sin = rotary
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Qwen2(nn.Module):
@@ -142,6 +146,7 @@ class Qwen2(nn.Module):
         self.n_real_ids = c["vocab_size"]
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
+        self.kept_sampler = None  # rollout.py's, on CUDA
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -283,7 +288,8 @@ class Qwen2(nn.Module):
         """Write a folder in the hub's format: fp32 weights, configs and tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        weights = {k: v.detach().cpu().contiguous()
+                   for k, v in to_hub(self.state_dict(), self.config).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
         config = {**self.config, "dtype": "float32", "torch_dtype": "float32",
@@ -303,6 +309,35 @@ def gradient_of(loss, logp_M, chunk):
 
 
 # ------------------------------------------------------------------ files and their errors
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def to_hub(weights, c):
+    """The same tensors under the hub's names: there q, k and v are three matrices, here one."""
+    width = {"q_proj": c["num_attention_heads"] * c["head_dim"],
+             "k_proj": c["num_key_value_heads"] * c["head_dim"],
+             "v_proj": c["num_key_value_heads"] * c["head_dim"],
+             "gate_proj": c["intermediate_size"], "up_proj": c["intermediate_size"]}
+    hubs = {}
+    for name, x in weights.items():
+        whole = name.split(".")[-2]
+        parts = FUSED.get(whole, [whole])
+        widths = [width[part] for part in parts] if whole in FUSED else [len(x)]
+        for part, piece in zip(parts, x.split(widths)):
+            hubs[name.replace(whole, part)] = piece
+    return hubs
+
+
+def from_hub(weights):
+    """The way back."""
+    for whole, (first, *others) in FUSED.items():
+        for name in [name for name in weights if f".{first}." in name]:
+            pieces = [weights.pop(name.replace(first, part)) for part in (first, *others)]
+            weights[name.replace(first, whole)] = torch.cat(pieces)
+    return weights
+
+
 
 def read_json(path):
     """The JSON object in a file; ValueError where there is none."""
@@ -394,14 +429,15 @@ def load_weights(model, folder, device):
             weights[name] = tensor.to(device, torch.float32)
     if model.config["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tuple(p.shape)
+                for name, p in to_hub(model.state_dict(), model.config).items()}
     found = {name: tuple(w.shape) for name, w in weights.items()}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if wrong:
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json, first "
                          f"{wrong[0]}: expected {expected.get(wrong[0])}, "
                          f"found {found.get(wrong[0])}")
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(from_hub(weights), assign=True)
 
 
 def find_stop_ids(tokenizer, config, generation_config):

@@ -15,7 +15,9 @@ V vocabulary, H query heads, K key/value heads, h = H/K query heads that share o
 """
 import argparse
 import time
+from collections import deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from tqdm import tqdm
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
+LENGTH_STEP = 32  # chosen, on CUDA: graphs are captured for cached lengths of 32, 64, 96, … tokens
 SORT_BELOW = 0.9  # chosen: a smaller top-p sorts; from here on 8 draws almost always suffice:
 MAX_DRAWS = 8  # each misses the nucleus with probability ≤ 0.1, all of them with ≤ 1e-8
 
@@ -112,91 +115,103 @@ class SharedPromptAttention:
 
 
 def scores(q, k):
-    """q·kᵀ in fp32 whatever their dtype: (…, …, S, D), (…, …, T, D) -> (…, …, S, T).
+    """q·k in fp32 whatever their dtype: (…, …, S, D), (…, …, D, T) -> (…, …, S, T).
 
     Qwen2.5 has keys so large that scores rounded to bf16 would be another policy than the
     trainer's.
     """
     if q.dtype == torch.float32:
-        return q @ k.transpose(2, 3)
+        return q @ k
     if q.is_cuda:
-        flat = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        flat = torch.bmm(q.flatten(0, 1), k.flatten(0, 1), out_dtype=torch.float32)
         return flat.unflatten(0, q.shape[:2])
-    return q.float() @ k.float().transpose(2, 3)
+    return q.float() @ k.float()
 
 
 class CachedAttention:
-    """One new token for each running row, against the cache; prompts are stored once per group.
+    """One new token for each of R rows against the cache; a prompt is stored once for its group.
 
-    prompt_k, prompt_v: per layer (P, K, T, D); own_k, own_v: per layer (R, K, max_new_tokens, D).
-    Row r runs beside prompt prompt_R[r]; `t` tokens of each running row are cached so far (whoever
-    runs the model adds one after its last layer). To meet a prompt's keys without copying them for
-    every row, the queries of the rows beside it are stacked into one long query (`by_prompt`) and
-    what comes out is taken apart again (`by_row`).
+    prompt_k, prompt_v: per layer (P, K, D, T) and (P, K, T, D), P places for prompts; own_k,
+    own_v: (R, K, D, T) and (R, K, T, D), T = max_new_tokens; keys lie as their product reads them. Row r sits on seat_R[r], a seat is place · G + sample; row_S is the
+    way back (some row where a seat is empty). To meet a prompt's keys without copying them for
+    every row, the queries of its G seats are stacked into one long query (`by_prompt`) and what
+    comes out is taken apart again (`by_row`).
     """
 
-    def __init__(self, prompt_k, prompt_v, prompt_lengths, prompt_R, max_new_tokens):
-        self.prompt_k, self.prompt_v, self.t = prompt_k, prompt_v, 0
-        t_T = torch.arange(prompt_k[0].shape[2], device=prompt_R.device)
-        padding_PT = t_T >= torch.tensor(prompt_lengths, device=prompt_R.device)[:, None]
-        mask_PT = torch.zeros(padding_PT.shape, device=prompt_R.device)
-        self.mask_P11T = mask_PT.masked_fill(padding_PT, -torch.inf)[:, None, None]
-        K, D = prompt_k[0].shape[1], prompt_k[0].shape[3]
-        shape = (len(prompt_R), K, max_new_tokens, D)
-        self.own_k = [torch.empty(shape, dtype=k.dtype, device=k.device) for k in prompt_k]
-        self.own_v = [torch.empty(shape, dtype=v.dtype, device=v.device) for v in prompt_v]
-        self.seat(prompt_R)
+    def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens):
+        c, self.G = model.config, group_size
 
-    def seat(self, prompt_R):
-        """Give each running row one of S places beside its prompt."""
-        R = torch.arange(len(prompt_R), device=prompt_R.device)
-        order = torch.argsort(prompt_R, stable=True)
-        count_P = torch.bincount(prompt_R, minlength=len(self.mask_P11T))
-        first_P = count_P.cumsum(0) - count_P
-        place = torch.empty_like(R)
-        place[order] = R - first_P[prompt_R[order]]
-        S = int(count_P.max())
-        self.place_R = prompt_R * S + place
-        self.row_PS = torch.zeros(len(count_P) * S, dtype=torch.int64, device=prompt_R.device)
-        self.row_PS[self.place_R] = R  # an empty place repeats row 0; nobody reads its result
-        self.prompt_R, self.S = prompt_R, S
+        def zeros(*shape):  # not empty: a weight of 0 times a NaN would be NaN
+            return [torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
+                    for _ in range(c["num_hidden_layers"])]
+        K, D = c["num_key_value_heads"], c["head_dim"]
+        self.prompt_k = zeros(n_prompts, K, D, longest_prompt)
+        self.prompt_v = zeros(n_prompts, K, longest_prompt, D)
+        self.own_k = zeros(n_rows, K, D, max_new_tokens)
+        self.own_v = zeros(n_rows, K, max_new_tokens, D)
+        self.mask_PT = torch.zeros(n_prompts, longest_prompt, device=model.device)
+        self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
+        self.in_order = False  # row r sits on seat r, all seats: nothing to rearrange
+
+    def seat(self, seat_R, row_n):
+        """Rows row_n now sit where seat_R says."""
+        self.row_S.clamp_(max=len(seat_R) - 1)
+        self.row_S[seat_R[row_n]] = row_n
+        self.in_order = seat_R.tolist() == list(range(len(self.row_S)))
+
+    def look_at(self, seat_R, t_R, n_own):
+        """Before each step: t_R tokens of each row are cached, n_own is more than any of them."""
+        self.seat_R, self.t_R, self.n_own = seat_R, t_R, n_own
+        self.row_R = torch.arange(len(t_R), device=t_R.device)
+        future_RT = torch.arange(n_own, device=t_R.device) > t_R[:, None]
+        own_RT = torch.zeros(future_RT.shape, device=t_R.device).masked_fill_(future_RT, -torch.inf)
+        mask_RT = self.mask_PT.index_select(0, seat_R // self.G)
+        self.mask_R11J = torch.cat([mask_RT, own_RT], 1)[:, None, None]
 
     def by_prompt(self, x_RKhX):
-        """(R, K, h, X) -> (P, K, S·h, X), the rows of one prompt together."""
+        """(R, K, h, X) -> (P, K, G·h, X), the seats beside one prompt together."""
         _, K, h, X = x_RKhX.shape
-        x = x_RKhX.index_select(0, self.row_PS).view(-1, self.S, K, h, X)
-        return x.transpose(1, 2).reshape(-1, K, self.S * h, X)
+        x = x_RKhX if self.in_order else x_RKhX.index_select(0, self.row_S)
+        return x.view(-1, self.G, K, h, X).transpose(1, 2).reshape(-1, K, self.G * h, X)
 
     def by_row(self, x_PKSX, h):
-        """The way back: (P, K, S·h, X) -> (R, K, h, X)."""
+        """The way back: (P, K, G·h, X) -> (R, K, h, X)."""
         P, K, _, X = x_PKSX.shape
-        x = x_PKSX.view(P, K, self.S, h, X).transpose(1, 2).reshape(P * self.S, K, h, X)
-        return x.index_select(0, self.place_R)
+        x = x_PKSX.view(P, K, self.G, h, X).transpose(1, 2).reshape(P * self.G, K, h, X)
+        return x if self.in_order else x.index_select(0, self.seat_R)
 
     def __call__(self, layer, q_RHD, k_RKD, v_RKD):
-        (R, H, D), K, n_own = q_RHD.shape, k_RKD.shape[1], self.t + 1
-        self.own_k[layer][:, :, self.t], self.own_v[layer][:, :, self.t] = k_RKD, v_RKD
-        own_k, own_v = self.own_k[layer][:, :, :n_own], self.own_v[layer][:, :, :n_own]
-        q = q_RHD.view(R, K, H // K, D)
-        beside_prompt = scores(self.by_prompt(q), self.prompt_k[layer]) + self.mask_P11T
-        logit = torch.cat([self.by_row(beside_prompt, H // K), scores(q, own_k)], -1)
-        weight = (logit * D**-0.5).softmax(-1).to(q.dtype)
+        (R, H, D), K, n_own = q_RHD.shape, k_RKD.shape[1], self.n_own
+        own_k, own_v = self.own_k[layer], self.own_v[layer]
+        own_k[self.row_R, :, :, self.t_R], own_v[self.row_R, :, self.t_R] = k_RKD, v_RKD
+        own_k, own_v = own_k[:R, ..., :n_own], own_v[:R, :, :n_own]
+        q = q_RHD.reshape(R, K, H // K, D)
+        beside_prompt = self.by_row(scores(self.by_prompt(q), self.prompt_k[layer]), H // K)
+        logit = torch.cat([beside_prompt, scores(q, own_k)], -1)
+        weight = torch.add(self.mask_R11J, logit, alpha=D**-0.5).softmax(-1).to(q.dtype)
         w_prompt, w_own = weight[..., :-n_own], weight[..., -n_own:]
         out = self.by_row(self.by_prompt(w_prompt) @ self.prompt_v[layer], H // K)
-        return (out + w_own @ own_v).view(R, H, D)
+        return (w_own @ own_v + out).view(R, H, D)
 
-    def keep(self, row_R):
-        """Drop every row but these, and the prompts nobody needs any more."""
-        for cache in (self.own_k, self.own_v):
-            for layer, old in enumerate(cache):
-                cache[layer] = old.new_empty(len(row_R), *old.shape[1:])
-                cache[layer][:, :, :self.t] = old[:, :, :self.t].index_select(0, row_R)
-        kept_P, prompt_R = self.prompt_R[row_R].unique(return_inverse=True)
-        if len(kept_P) < len(self.mask_P11T):
-            self.mask_P11T = self.mask_P11T.index_select(0, kept_P)
-            self.prompt_k = [k.index_select(0, kept_P) for k in self.prompt_k]
-            self.prompt_v = [v.index_select(0, kept_P) for v in self.prompt_v]
-        self.seat(prompt_R)
+    def store_prompts(self, places, lengths, keys, values):
+        """Put prompts of these lengths (keys, values: per layer (n, K, T, D)) on these places.
+
+        What follows a prompt's last token but one is hidden: the rows bring the last one along.
+        """
+        device, T = self.mask_PT.device, keys[0].shape[2]
+        places, lengths = torch.tensor(places, device=device), torch.tensor(lengths, device=device)
+        for layer, (k_nKTD, v_nKTD) in enumerate(zip(keys, values)):
+            self.prompt_k[layer][places, ..., :T] = k_nKTD.transpose(2, 3)
+            self.prompt_v[layer][places, :, :T] = v_nKTD
+        hidden_nT = torch.arange(self.mask_PT.shape[1], device=device) >= lengths[:, None] - 1
+        mask_nT = torch.zeros(hidden_nT.shape, device=device).masked_fill_(hidden_nT, -torch.inf)
+        self.mask_PT[places] = mask_nT
+
+    def keep(self, row_n, n_own):
+        """Move these rows to the front."""
+        for k, v in zip(self.own_k, self.own_v):
+            k[:len(row_n), ..., :n_own] = k[..., :n_own].index_select(0, row_n)
+            v[:len(row_n), :, :n_own] = v[:, :, :n_own].index_select(0, row_n)
 
 
 # ------------------------------------------------------------------ drawing one token
@@ -229,37 +244,50 @@ def inverse_cdf(cdf_RV, u_R):
     return torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
 
 
-def sample(logp_RV, temperature, top_p, counters):
+def sample(logp_RV, temperature, top_p, u_RD):
     """Choose the next token of each row: (R,) int64.
 
     logp_RV: (R, V) fp32 log-probabilities, already at this temperature; 0 takes the likeliest.
     top_p: draw from the nucleus, the smallest set of likeliest tokens whose mass reaches top_p
         (arXiv:1904.09751): those whose strictly likelier tokens hold less than top_p. A small
         top_p masks the others after a sort; a large one redraws until a token is inside.
-    counters: (seed, step, prompt_R, sample_R, position), see `uniform`.
+    u_RD: (R, n_draws(top_p)) numbers in [0, 1), see `uniform`.
     """
     if temperature == 0:
         return logp_RV.argmax(-1)
     prob_RV = logp_RV.exp()
+    if top_p >= SORT_BELOW:
+        return draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RD)
+    sorted_RV = prob_RV.sort(-1, descending=True).values
+    n_inside_R1 = (sorted_RV.cumsum(-1) - sorted_RV < top_p).sum(-1, keepdim=True)
+    smallest_R1 = sorted_RV.gather(1, n_inside_R1 - 1)
+    return inverse_cdf((prob_RV * (prob_RV >= smallest_R1)).cumsum(-1), u_RD[:, 0])
+
+
+def n_draws(top_p):
+    """How many uniform numbers `sample` may need for one token."""
+    return MAX_DRAWS if SORT_BELOW <= top_p < 1 else 1
+
+
+def draw(prob_RV, cdf_RV, top_p, u_RD):
+    """Draw; where the token is outside the nucleus draw again, from a quarter of the rows.
+
+    At top_p ≥ 0.9 a draw fails for a tenth of the rows, so their quarter (and 8 more: a small
+    batch has larger fluctuations) holds all of them but for one case in 10⁸. Its shape is fixed,
+    so nobody waits to learn their number. What fails to the end takes the likeliest token.
+    """
+    token_R = inverse_cdf(cdf_RV, u_RD[:, 0])
     if top_p >= 1:
-        return inverse_cdf(prob_RV.cumsum(-1), uniform(*counters, 0))
-    if top_p < SORT_BELOW:
-        sorted_RV = prob_RV.sort(-1, descending=True).values
-        n_inside_R1 = (sorted_RV.cumsum(-1) - sorted_RV < top_p).sum(-1, keepdim=True)
-        smallest_R1 = sorted_RV.gather(1, n_inside_R1 - 1)
-        cdf_RV = (prob_RV * (prob_RV >= smallest_R1)).cumsum(-1)
-        return inverse_cdf(cdf_RV, uniform(*counters, 0))
-    cdf_RV = prob_RV.cumsum(-1)
-    token_R = logp_RV.argmax(-1)  # what a row keeps if every draw fails; always in the nucleus
-    waiting_R = torch.ones_like(token_R, dtype=torch.bool)
-    for draw in range(MAX_DRAWS):
-        drawn_R = inverse_cdf(cdf_RV, uniform(*counters, draw))
-        likelier_RV = prob_RV > prob_RV.gather(1, drawn_R[:, None])
-        inside_R = (prob_RV * likelier_RV).sum(-1) < top_p
-        token_R = torch.where(waiting_R & inside_R, drawn_R, token_R)
-        waiting_R = waiting_R & ~inside_R
-        if not waiting_R.is_cuda and not waiting_R.any():  # on CUDA asking would cost a wait
-            break
+        return token_R
+    likelier_RV = torch.where(prob_RV > prob_RV.gather(1, token_R[:, None]), prob_RV, 0)
+    outside_R = likelier_RV.sum(-1) >= top_p
+    if not outside_R.is_cuda and not outside_R.any():  # on CUDA asking would cost a wait
+        return token_R
+    token_R = torch.where(outside_R, prob_RV.argmax(-1), token_R)
+    if u_RD.shape[1] > 1:
+        again = outside_R.float().topk(min(len(u_RD), len(u_RD) // 4 + 8)).indices
+        drawn = draw(prob_RV[again], cdf_RV[again], top_p, u_RD[again, 1:])
+        token_R[again] = torch.where(outside_R[again], drawn, token_R[again])
     return token_R
 
 
@@ -296,7 +324,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     prompts: lists of token ids. temperature ≥ 0 (0: greedy), top_p in (0, 1].
     seed, step, prompt_keys: what the draws are keyed by, beside sample and position; the keys are
         one int per prompt (default: its index), so a prompt draws alike in any company.
-    max_rows: completions in flight at once; more prompts run in waves of whole groups.
+    max_rows: completions in flight at once; a row that ends gives its place to one that waits.
     progress: label of a progress bar over tokens, or None; a row that ends early gives up the rest.
     Raises ValueError where a prompt is empty or leaves no room for max_new_tokens, or max_rows does
         not hold one group.
@@ -311,82 +339,220 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     keys = list(range(len(prompts))) if prompt_keys is None else list(prompt_keys)
     if group_size > max_rows:
         raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
-    wave = max_rows // group_size
-    rollout = Rollout(list(prompts), [], [], [], group_size, 0.0)
-    model = model.for_sampling()
     bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
                unit_scale=True, leave=False, disable=progress is None, delay=2)
-    for i in range(0, len(prompts), wave):
-        result = decode(model, prompts[i:i + wave], keys[i:i + wave], group_size, max_new_tokens,
-                        temperature, top_p, seed, step, bar)
-        for whole, part in zip((rollout.completions, rollout.logps, rollout.finished), result):
-            whole.extend(part)
+    with torch.inference_mode():
+        sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
+                              max_rows)
+        rows = sampler.run(prompts, keys, seed, step, bar)
     bar.close()
-    rollout.seconds = time.perf_counter() - began
-    return rollout
+    return Rollout(list(prompts), [ids for ids, _, _ in rows], [logps for _, logps, _ in rows],
+                   [finished for _, _, finished in rows], group_size, time.perf_counter() - began)
 
 
-def prefill(model, prompts, device):
-    """Run all prompts once: last hidden states (P, C), keys and values per layer (P, K, T, D)."""
-    attention = SharedPromptAttention([len(p) for p in prompts], [[] for _ in prompts], device)
+def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, max_rows):
+    """A Sampler with room for this work, and the present weights of `model`.
+
+    On CUDA the model keeps its last one, whose captured graphs serve the next call of that size.
+    """
+    longest = max(map(len, prompts), default=1)
+    n_rows = min(max_rows, len(prompts) * group_size)
+    n_prompts = min(len(prompts), 2 * -(-n_rows // group_size))
+    if model.device.type == "cpu":
+        return Sampler(model.for_sampling(), n_rows, n_prompts, group_size, longest,
+                       max_new_tokens, temperature, top_p)
+    longest = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    settings = (n_rows, n_prompts, group_size, longest, max_new_tokens, temperature, top_p)
+    if model.kept_sampler is None or model.kept_sampler[0] != settings:
+        model.kept_sampler = None  # its memory first
+        model.kept_sampler = settings, Sampler(model.for_sampling(), *settings)
+    sampler = model.kept_sampler[1]
+    for twin, master in zip(sampler.model.parameters(), model.parameters(), strict=True):
+        if twin.data_ptr() != master.data_ptr():
+            twin.copy_(master)
+    return sampler
+
+
+def prefill(model, prompts):
+    """Run all prompts once: their lengths, keys and values, both per layer (P, K, T, D)."""
+    attention = SharedPromptAttention([len(p) for p in prompts], [[] for _ in prompts],
+                                      model.device)
     padded_PT = attention.prompts.query_BT  # repeats the last token: no garbage in the padding
     keys, values = [], []
 
     def attend(layer, q_NHD, k_NKD, v_NKD):
         for store, x_NKD in ((keys, k_NKD), (values, v_NKD)):
             x = x_NKD.index_select(0, padded_PT.flatten()).unflatten(0, padded_PT.shape)
-            store.append(x.transpose(1, 2).contiguous())
+            store.append(x.transpose(1, 2))
         return attention(layer, q_NHD, k_NKD, v_NKD)
 
-    ids_N = torch.tensor([i for p in prompts for i in p], device=device)
-    positions_N = torch.tensor([t for p in prompts for t in range(len(p))], device=device)
-    hidden_NC = model(ids_N, positions_N, attend)
-    return hidden_NC.index_select(0, padded_PT[:, -1]), keys, values
+    ids_N = torch.tensor([i for p in prompts for i in p], device=model.device)
+    positions_N = torch.tensor([t for p in prompts for t in range(len(p))], device=model.device)
+    model(ids_N, positions_N, attend)
+    return [len(p) for p in prompts], keys, values
 
 
-@torch.inference_mode()
-def decode(model, prompts, keys, group_size, max_new_tokens, temperature, top_p, seed, step, bar):
-    """One wave of `generate`: (completions, logps, finished), each a list with one entry a row."""
-    device, B = model.device, len(prompts) * group_size
-    hidden_PC, prompt_k, prompt_v = prefill(model, prompts, device)
-    row_R = torch.arange(B, device=device)  # running row -> row of the wave
-    prompt_R, sample_R = row_R // group_size, row_R % group_size
-    key_R = torch.tensor(keys, device=device)[prompt_R]
-    length_R = torch.tensor([len(p) for p in prompts], device=device)[prompt_R]
-    cache = CachedAttention(prompt_k, prompt_v, [len(p) for p in prompts], prompt_R, max_new_tokens)
-    del prompt_k, prompt_v  # the cache alone holds them, so that it can let go of them
-    stop_ids = torch.tensor(model.stop_ids, device=device)
-    token_BT = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
-    logp_BT = torch.zeros(B, max_new_tokens, device=device)
-    length_B = torch.zeros(B, dtype=torch.int64, device=device)
-    finished_B = torch.zeros(B, dtype=torch.bool, device=device)
+class Sampler:
+    """Rows that run together, each on a place in tensors of fixed shape.
 
-    logp_RV = model.log_probs(hidden_PC, temperature or 1.0).index_select(0, prompt_R)
-    for t in range(max_new_tokens):
-        token_R = sample(logp_RV, temperature, top_p, (seed, step, key_R, sample_R, t))
-        token_BT[row_R, t] = token_R
-        logp_BT[row_R, t] = logp_RV.gather(1, token_R[:, None]).squeeze(1)
-        length_B[row_R] += ~finished_B[row_R]
-        finished_B[row_R] |= torch.isin(token_R, stop_ids)
-        if t + 1 == max_new_tokens:
-            break
-        if t % LOOK_EVERY == LOOK_EVERY - 1:
-            keep = (~finished_B[row_R]).nonzero().squeeze(1)
-            n_ended = len(row_R) - len(keep)
-            bar.update(len(row_R) * LOOK_EVERY + n_ended * (max_new_tokens - t - 1))
-            if len(keep) == 0:
-                break
-            if len(keep) < len(row_R):
-                row_R, token_R, key_R, sample_R, length_R = (
-                    x[keep] for x in (row_R, token_R, key_R, sample_R, length_R))
-                cache.keep(keep)
-        hidden_RC = model(token_R, length_R + t, cache)
-        cache.t += 1
-        logp_RV = model.log_probs(hidden_RC, temperature or 1.0)
+    `step` gives every row its next token and never waits for the device. Every few steps `run`
+    takes the rows that have ended away, gives their places to rows that wait and, once none waits,
+    moves the rest together. A row begins with its prompt's last token, the tokens before it are
+    computed once for its group.
+    """
 
-    lengths = length_B.tolist()
-    return ([row[:n] for row, n in zip(token_BT.tolist(), lengths)],
-            [row[:n] for row, n in zip(logp_BT.tolist(), lengths)], finished_B.tolist())
+    def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens,
+                 temperature, top_p):
+        self.model, self.G, self.T = model, group_size, max_new_tokens
+        self.temperature, self.top_p = temperature, top_p
+        self.attention = CachedAttention(model, n_rows, n_prompts, group_size, longest_prompt,
+                                         max_new_tokens)
+        self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
+        self.places = torch.arange(n_rows, device=model.device)
+        self.graphs = {}  # of step, on CUDA; they share one pool of memory
+        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(n_rows, *shape, dtype=dtype, device=model.device)
+        self.all_rows = {
+            "token": zeros(),    # the last one: of the prompt, then drawn
+            "start": zeros(),    # its position at first
+            "length": zeros(),   # tokens drawn so far
+            "running": zeros(dtype=torch.bool), "finished": zeros(dtype=torch.bool),
+            "seat": zeros(),     # in attention
+            "u": zeros(max_new_tokens, n_draws(top_p), dtype=torch.float32),  # for every draw
+            "tokens": zeros(max_new_tokens + 1),  # drawn; the last column is for rows that ended
+            "logps": zeros(max_new_tokens + 1, dtype=torch.float32)}
+
+    def step(self, n_own):
+        """The next token of every row. n_own: more than the `length` of any row that runs."""
+        r = self.rows
+        t_R = r.length.clamp(max=self.T - 1)  # a row that has ended goes on, unheard
+        self.attention.look_at(r.seat, t_R, n_own)
+        hidden_RC = self.model(r.token, r.start + r.length, self.attention)
+        logp_RV = self.model.log_probs(hidden_RC, self.temperature or 1.0)
+        token_R = sample(logp_RV, self.temperature, self.top_p, r.u[self.places[:len(t_R)], t_R])
+        column_R1 = torch.where(r.running, r.length, self.T)[:, None]
+        r.tokens.scatter_(1, column_R1, token_R[:, None])
+        r.logps.scatter_(1, column_R1, logp_RV.gather(1, token_R[:, None]))
+        r.token.copy_(token_R)
+        r.length.add_(r.running)
+        r.finished.logical_or_((token_R[:, None] == self.stop_ids).any(1) & r.running)
+        r.running.logical_and_(~r.finished & (r.length < self.T))
+
+    def step_or_replay(self, n_own):
+        """`step`; on CUDA captured once for each size as a graph, which replays without the host.
+
+        Before the capture the step runs once, so that every kernel is loaded; then the rows are
+        put back (what it cached is computed again).
+        """
+        if self.places.device.type == "cpu":
+            return self.step(n_own)
+        n_own = min(-(-n_own // LENGTH_STEP) * LENGTH_STEP, self.T)
+        size = (len(self.rows.token), n_own, self.attention.in_order)
+        if size not in self.graphs:
+            before = {name: x.clone() for name, x in vars(self.rows).items()}
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.step(n_own)
+            torch.cuda.current_stream().wait_stream(side)
+            for name, x in before.items():
+                getattr(self.rows, name).copy_(x)
+            self.graphs[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[size], pool=self.pool):
+                self.step(n_own)
+        self.graphs[size].replay()
+
+    def run(self, prompts, keys, seed, step, bar):
+        """All completions of these prompts: (ids, logps, finished) of each row of a Rollout."""
+        self.rows = SimpleNamespace(**self.all_rows)
+        self.waiting, self.row_at, done = deque(range(len(prompts) * self.G)), {}, {}
+        self.free = list(range(len(self.places)))[::-1]
+        self.place_of, self.n_left = {}, {}  # prompt -> its place, its rows that have not ended
+        self.free_prompts = list(range(len(self.attention.mask_PT)))[::-1]
+        lengths = [0] * len(self.places)
+        while self.waiting or self.row_at:
+            if len(self.free) * 16 >= len(self.places):
+                self.admit(prompts, keys, seed, step, lengths)
+            running = [lengths[i] for i in self.row_at]
+            n_steps = min(LOOK_EVERY, self.T - min(running))
+            for _ in range(n_steps):
+                self.step_or_replay(min(max(running) + n_steps, self.T))
+            lengths = self.rows.length.tolist()
+            self.collect(done, lengths)
+            if not self.waiting and self.row_at:
+                lengths = self.close_ranks(lengths)
+            bar.update(len(done) * self.T + sum(lengths[i] for i in self.row_at) - bar.n)
+        return [done[row] for row in range(len(done))]
+
+    def admit(self, prompts, keys, seed, step, lengths):
+        """Give free places to rows that wait, and compute the prompts that are new."""
+        rows, new = [], []
+        while self.waiting and len(rows) < len(self.free):
+            p = self.waiting[0] // self.G
+            if p not in self.place_of:
+                if not self.free_prompts:
+                    break
+                self.place_of[p], self.n_left[p] = self.free_prompts.pop(), self.G
+                new.append(p)
+            rows.append(self.waiting.popleft())
+        if new:
+            self.attention.store_prompts([self.place_of[p] for p in new],
+                                         *prefill(self.model, [prompts[p] for p in new]))
+        at = [self.free.pop() for _ in rows]
+        for i, row in zip(at, rows):
+            self.row_at[i], lengths[i] = row, 0
+        device, T, D = self.places.device, *self.all_rows["u"].shape[1:]
+        at, key, sample_n, seat, token, start = torch.tensor(
+            [(i, keys[row // self.G], row % self.G,
+              self.place_of[row // self.G] * self.G + row % self.G,
+              prompts[row // self.G][-1], len(prompts[row // self.G]) - 1)
+             for i, row in zip(at, rows)], dtype=torch.int64, device=device).view(-1, 6).unbind(1)
+        u = uniform(seed, step, key[:, None, None], sample_n[:, None, None],
+                    torch.arange(T, device=device)[:, None], torch.arange(D, device=device))
+        for name, x in dict(token=token, start=start, length=0, running=True, finished=False,
+                            seat=seat, u=u).items():
+            getattr(self.rows, name)[at] = x
+        self.attention.seat(self.rows.seat, at)
+
+    def collect(self, done, lengths):
+        """Take away the rows that have ended; their places are free."""
+        running = self.rows.running.tolist()
+        ended = [i for i in self.row_at if not running[i]]
+        at = torch.tensor(ended, dtype=torch.int64, device=self.places.device)
+        for i, *result in zip(ended, *(x.index_select(0, at).tolist() for x in (
+                self.rows.tokens, self.rows.logps, self.rows.finished))):
+            row = self.row_at.pop(i)
+            ids, logps, finished = result
+            done[row] = ids[:lengths[i]], logps[:lengths[i]], finished
+            self.free.append(i)
+            p = row // self.G
+            self.n_left[p] -= 1
+            if self.n_left[p] == 0:
+                self.free_prompts.append(self.place_of.pop(p))
+
+    def close_ranks(self, lengths):
+        """Move the rows that run to the first places, once they need a smaller size."""
+        n = size_for(len(self.row_at))
+        if n >= len(self.rows.token):
+            return lengths
+        stay = sorted(self.row_at)
+        stay += [i for i in range(len(self.rows.token)) if i not in self.row_at][:n - len(stay)]
+        row_n = torch.tensor(stay, device=self.places.device)
+        for x in self.all_rows.values():
+            x[:n] = x.index_select(0, row_n)
+        self.attention.keep(row_n, max(lengths))
+        self.rows = SimpleNamespace(**{name: x[:n] for name, x in self.all_rows.items()})
+        self.row_at = {i: self.row_at[old] for i, old in enumerate(stay) if old in self.row_at}
+        self.attention.seat(self.rows.seat, self.places[:len(self.row_at)])
+        return [lengths[old] for old in stay]
+
+
+def size_for(n):
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, … (2ⁱ and 3·2ⁱ) that holds n."""
+    power = 1 << (n - 1).bit_length()
+    return power // 4 * 3 if power >= 4 and n <= power // 4 * 3 else power
 
 
 # ------------------------------------------------------------------ the batch that training scores

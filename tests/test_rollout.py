@@ -8,7 +8,7 @@ from test_model import SHAPES, random_batch, theirs
 import rollout
 from model import Qwen2
 from objectives import noclip, policy_loss
-from rollout import flat_batch, generate, inverse_cdf, sample, uniform
+from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, uniform
 
 FALSE_ALARM = 1e-6  # chance that a chi-square test below fails though the sampler is right
 
@@ -57,19 +57,43 @@ def test_cached_decoding_equals_teacher_forcing(model):
     assert gap < 2e-5
 
 
-def test_nan_in_unused_cache_slots_changes_nothing(model, monkeypatch):
-    expected = generate(model, some_prompts(), 4, 30, 1.0, seed=5)
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
+def slow_generate(network, prompt, temperature, top_p, counters, stop_ids, max_new_tokens):
+    """One completion, the obvious way: transformers computes the whole text anew for each token."""
+    ids, logps = list(prompt), []
+    while len(ids) < len(prompt) + max_new_tokens and (not logps or ids[-1] not in stop_ids):
+        with torch.no_grad():
+            logits = network(torch.tensor([ids])).logits[0, -1]
+        logp = (logits / temperature).log_softmax(-1)
+        prob = logp.exp()
+        ascending = prob.sort().values
+        for draw in range(rollout.MAX_DRAWS):
+            u = uniform(*(torch.tensor([x]) for x in (*counters, len(logps), draw)))
+            if 0.9 <= top_p < 1:  # draw from everything until a token of the nucleus comes
+                token = int((prob.cumsum(0) <= u * prob.sum()).sum())
+                if prob[prob > prob[token]].sum() < top_p:
+                    break
+            else:  # leave out what the nucleus does not hold, and draw once
+                smallest = min(p for p in ascending if ascending[ascending > p].sum() < top_p)
+                cdf = torch.where(prob >= smallest, prob, 0).cumsum(0)
+                token = int((cdf <= u * cdf[-1]).sum())
+                break
+        ids.append(token)
+        logps.append(logp[token].item())
+    return ids[len(prompt):], logps
 
-    def poisoned(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-        return made
-    monkeypatch.setattr(rollout.torch, "empty", poisoned(empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
-    found = generate(model, some_prompts(), 4, 30, 1.0, seed=5)
-    assert found.completions == expected.completions and found.logps == expected.logps
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.6])
+@pytest.mark.parametrize("max_rows", [256, 4, 5], ids=["one wave", "one group at a time", "refill"])
+def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_rows):
+    prompts = [*some_prompts(), [9], *some_prompts()[:2]]  # one prompt of a single token
+    keys = [3, 1, 4, 15, 9, 2]
+    result = generate(model, prompts, 4, 24, 1.2, top_p, 11, 5, keys, max_rows)
+    assert len({len(ids) for ids in result.completions}) > 3
+    for b, (ids, logps) in enumerate(zip(result.completions, result.logps, strict=True)):
+        slow_ids, slow_logps = slow_generate(network, prompts[b // 4], 1.2, top_p,
+                                             (11, 5, keys[b // 4], b % 4), model.stop_ids, 24)
+        assert ids == slow_ids and logps == pytest.approx(slow_logps, abs=2e-5)
+        assert result.finished[b] == (slow_ids[-1] in model.stop_ids)
 
 
 def test_waves_and_company_change_no_text(model):
@@ -101,13 +125,37 @@ def test_finished_rows_leave_the_computation(model, monkeypatch):
         rows.append(len(ids_N))
         return forward(self, ids_N, positions_N, attend)
     monkeypatch.setattr(Qwen2, "forward", counted)
+    monkeypatch.setattr(model, "stop_ids", [3, 4, 5, 6, 7])  # lengths of about 97 / 5 tokens
     result = generate(model, some_prompts(), 8, 60, 1.2, seed=8)
     lengths = [len(c) for c in result.completions]
-    assert rows[0] == sum(map(len, some_prompts()))  # prompts once, not once a sample
-    # a row is computed for at most LOOK_EVERY − 1 tokens after its last
-    slack = (rollout.LOOK_EVERY - 1) * len(lengths)
-    assert sum(lengths) - len(lengths) <= sum(rows[1:]) <= sum(lengths) + slack
-    assert sum(rows[1:]) < 0.8 * len(lengths) * max(lengths)
+    assert rows.pop(0) == sum(map(len, some_prompts()))  # prompts once, not once a sample
+    for t, n in enumerate(rows):  # what runs at step t, rounded up to a size, a few steps late
+        running = sum(length > t - t % rollout.LOOK_EVERY for length in lengths)
+        assert n == min(rollout.size_for(running), len(lengths))
+    assert sum(rows) < 0.8 * len(lengths) * max(lengths)
+
+
+def test_sizes_are_two_to_a_doubling():
+    assert [rollout.size_for(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12,
+                                                           16, 16, 16, 16, 24]
+
+
+def test_places_of_ended_rows_are_refilled(model, monkeypatch):
+    rows = []
+    forward = Qwen2.forward
+
+    def counted(self, ids_N, positions_N, attend):
+        if isinstance(attend, rollout.CachedAttention):
+            rows.append(len(ids_N))
+        return forward(self, ids_N, positions_N, attend)
+    monkeypatch.setattr(Qwen2, "forward", counted)
+    monkeypatch.setattr(model, "stop_ids", [3, 4, 5, 6, 7])  # lengths of about 97 / 5 tokens
+    prompts = some_prompts() * 8
+    result = generate(model, prompts, 4, 60, 1.2, seed=8, max_rows=16)
+    lengths = [len(c) for c in result.completions]
+    waves = sum(max(lengths[i:i + 16]) * 16 for i in range(0, len(lengths), 16))
+    assert max(rows) == 16
+    assert sum(lengths) / sum(rows) > 0.7 > 0.5 > sum(lengths) / waves
 
 
 @pytest.mark.parametrize("prompts, settings, message", [
@@ -125,7 +173,8 @@ def draws(prob, n, temperature=1.0, top_p=1.0, seed=0):
     """How often each token comes out of n draws from one distribution."""
     logp = prob.log()[None].expand(n, -1)
     row = torch.arange(n)
-    tokens = sample(logp, temperature, top_p, (seed, 0, row, row * 0, 0))
+    u = uniform(seed, 0, row[:, None], row[:, None] * 0, 0, torch.arange(n_draws(top_p)))
+    tokens = sample(logp, temperature, top_p, u)
     return torch.bincount(tokens, minlength=len(prob)).double()
 
 
