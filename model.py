@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 ARCHITECTURE = "qwen2"  # `model_type` in config.json
@@ -143,6 +144,7 @@ class Qwen2(nn.Module):
         if not c["tie_word_embeddings"]:
             self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         self.compute_dtype = torch.float32
+        self.checkpoint_activations = False  # keep each layer's input only, compute the rest twice
         self.n_real_ids = c["vocab_size"]
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
@@ -174,7 +176,10 @@ class Qwen2(nn.Module):
         x = F.embedding(ids_N, self.model["embed_tokens"].weight).to(self.compute_dtype)
         rotary = rotary_table(positions_N, c["head_dim"], c["rope_theta"], self.compute_dtype)
         for layer, block in enumerate(self.model["layers"]):
-            x = block(x, rotary, attend, layer)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, attend, layer, use_reentrant=False)
+            else:
+                x = block(x, rotary, attend, layer)
         return self.model["norm"](x)
 
     @property

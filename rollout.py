@@ -44,6 +44,7 @@ class PaddedSequences:
     """
 
     def __init__(self, start_B, length_B, prefix_start_B=None, prefix_length_B=None):
+        self.length_B = length_B
         t_T = torch.arange(int(length_B.max()), device=start_B.device)
         last_B1 = (start_B + length_B - 1).clamp(min=0)[:, None]
         self.query_BT = torch.minimum(start_B[:, None] + t_T, last_B1)
@@ -132,10 +133,11 @@ class CachedAttention:
     """One new token for each of R rows against the cache; a prompt is stored once for its group.
 
     prompt_k, prompt_v: per layer (P, K, D, T) and (P, K, T, D), P places for prompts; own_k,
-    own_v: (R, K, D, T) and (R, K, T, D), T = max_new_tokens; keys lie as their product reads them. Row r sits on seat_R[r], a seat is place · G + sample; row_S is the
-    way back (some row where a seat is empty). To meet a prompt's keys without copying them for
-    every row, the queries of its G seats are stacked into one long query (`by_prompt`) and what
-    comes out is taken apart again (`by_row`).
+    own_v: (R, K, D, T) and (R, K, T, D), T = max_new_tokens. Keys lie as their product reads them.
+    Row r sits on seat_R[r], a seat is place · G + sample; row_S is the way back (any row where a
+    seat is empty). To meet a prompt's keys without copying them for every row, the queries of its
+    G seats are stacked into one long query (`by_prompt`) and what comes out is taken apart again
+    (`by_row`).
     """
 
     def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens):
@@ -151,13 +153,14 @@ class CachedAttention:
         self.own_v = zeros(n_rows, K, max_new_tokens, D)
         self.mask_PT = torch.zeros(n_prompts, longest_prompt, device=model.device)
         self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
+        self.n_prompts = n_prompts  # places in use, the first ones
         self.in_order = False  # row r sits on seat r, all seats: nothing to rearrange
 
     def seat(self, seat_R, row_n):
         """Rows row_n now sit where seat_R says."""
         self.row_S.clamp_(max=len(seat_R) - 1)
         self.row_S[seat_R[row_n]] = row_n
-        self.in_order = seat_R.tolist() == list(range(len(self.row_S)))
+        self.in_order = seat_R.tolist() == list(range(self.n_prompts * self.G))
 
     def look_at(self, seat_R, t_R, n_own):
         """Before each step: t_R tokens of each row are cached, n_own is more than any of them."""
@@ -171,7 +174,9 @@ class CachedAttention:
     def by_prompt(self, x_RKhX):
         """(R, K, h, X) -> (P, K, G·h, X), the seats beside one prompt together."""
         _, K, h, X = x_RKhX.shape
-        x = x_RKhX if self.in_order else x_RKhX.index_select(0, self.row_S)
+        x = x_RKhX
+        if not self.in_order:
+            x = x.index_select(0, self.row_S[:self.n_prompts * self.G])
         return x.view(-1, self.G, K, h, X).transpose(1, 2).reshape(-1, K, self.G * h, X)
 
     def by_row(self, x_PKSX, h):
@@ -185,33 +190,37 @@ class CachedAttention:
         own_k, own_v = self.own_k[layer], self.own_v[layer]
         own_k[self.row_R, :, :, self.t_R], own_v[self.row_R, :, self.t_R] = k_RKD, v_RKD
         own_k, own_v = own_k[:R, ..., :n_own], own_v[:R, :, :n_own]
+        prompt_k = self.prompt_k[layer][:self.n_prompts]
+        prompt_v = self.prompt_v[layer][:self.n_prompts]
         q = q_RHD.reshape(R, K, H // K, D)
-        beside_prompt = self.by_row(scores(self.by_prompt(q), self.prompt_k[layer]), H // K)
+        beside_prompt = self.by_row(scores(self.by_prompt(q), prompt_k), H // K)
         logit = torch.cat([beside_prompt, scores(q, own_k)], -1)
         weight = torch.add(self.mask_R11J, logit, alpha=D**-0.5).softmax(-1).to(q.dtype)
         w_prompt, w_own = weight[..., :-n_own], weight[..., -n_own:]
-        out = self.by_row(self.by_prompt(w_prompt) @ self.prompt_v[layer], H // K)
-        return (w_own @ own_v + out).view(R, H, D)
+        out_prompt = self.by_row(self.by_prompt(w_prompt) @ prompt_v, H // K)
+        return (w_own @ own_v + out_prompt).view(R, H, D)
 
-    def store_prompts(self, places, lengths, keys, values):
+    def store_prompts(self, places, length_n, keys, values):
         """Put prompts of these lengths (keys, values: per layer (n, K, T, D)) on these places.
 
         What follows a prompt's last token but one is hidden: the rows bring the last one along.
         """
-        device, T = self.mask_PT.device, keys[0].shape[2]
-        places, lengths = torch.tensor(places, device=device), torch.tensor(lengths, device=device)
+        T, device = keys[0].shape[2], places.device
         for layer, (k_nKTD, v_nKTD) in enumerate(zip(keys, values)):
             self.prompt_k[layer][places, ..., :T] = k_nKTD.transpose(2, 3)
             self.prompt_v[layer][places, :, :T] = v_nKTD
-        hidden_nT = torch.arange(self.mask_PT.shape[1], device=device) >= lengths[:, None] - 1
+        hidden_nT = torch.arange(self.mask_PT.shape[1], device=device) >= length_n[:, None] - 1
         mask_nT = torch.zeros(hidden_nT.shape, device=device).masked_fill_(hidden_nT, -torch.inf)
         self.mask_PT[places] = mask_nT
 
-    def keep(self, row_n, n_own):
-        """Move these rows to the front."""
+    def keep(self, row_n, n_own, prompt_n):
+        """Move these rows and these prompts to the front; the others are gone."""
         for k, v in zip(self.own_k, self.own_v):
             k[:len(row_n), ..., :n_own] = k[..., :n_own].index_select(0, row_n)
             v[:len(row_n), :, :n_own] = v[:, :, :n_own].index_select(0, row_n)
+        self.n_prompts = len(prompt_n)
+        for x in (*self.prompt_k, *self.prompt_v, self.mask_PT):
+            x[:self.n_prompts] = x.index_select(0, prompt_n)
 
 
 # ------------------------------------------------------------------ drawing one token
@@ -389,7 +398,7 @@ def prefill(model, prompts):
     ids_N = torch.tensor([i for p in prompts for i in p], device=model.device)
     positions_N = torch.tensor([t for p in prompts for t in range(len(p))], device=model.device)
     model(ids_N, positions_N, attend)
-    return [len(p) for p in prompts], keys, values
+    return attention.prompts.length_B, keys, values
 
 
 class Sampler:
@@ -449,7 +458,7 @@ class Sampler:
         if self.places.device.type == "cpu":
             return self.step(n_own)
         n_own = min(-(-n_own // LENGTH_STEP) * LENGTH_STEP, self.T)
-        size = (len(self.rows.token), n_own, self.attention.in_order)
+        size = len(self.rows.token), n_own, self.attention.n_prompts, self.attention.in_order
         if size not in self.graphs:
             before = {name: x.clone() for name, x in vars(self.rows).items()}
             side = torch.cuda.Stream()
@@ -466,14 +475,16 @@ class Sampler:
 
     def run(self, prompts, keys, seed, step, bar):
         """All completions of these prompts: (ids, logps, finished) of each row of a Rollout."""
-        self.rows = SimpleNamespace(**self.all_rows)
-        self.waiting, self.row_at, done = deque(range(len(prompts) * self.G)), {}, {}
+        self.resize(len(self.places))
+        self.attention.n_prompts = len(self.attention.mask_PT)
+        rows = [(p, g) for p in range(len(prompts)) for g in range(self.G)]
+        self.waiting, self.row_at, done = deque(rows), {}, {}  # row_at: place -> (prompt, sample)
         self.free = list(range(len(self.places)))[::-1]
         self.place_of, self.n_left = {}, {}  # prompt -> its place, its rows that have not ended
-        self.free_prompts = list(range(len(self.attention.mask_PT)))[::-1]
+        self.free_prompts = list(range(self.attention.n_prompts))[::-1]
         lengths = [0] * len(self.places)
         while self.waiting or self.row_at:
-            if len(self.free) * 16 >= len(self.places):
+            if len(self.free) * 16 >= len(self.places):  # a few at once share the work
                 self.admit(prompts, keys, seed, step, lengths)
             running = [lengths[i] for i in self.row_at]
             n_steps = min(LOOK_EVERY, self.T - min(running))
@@ -481,36 +492,30 @@ class Sampler:
                 self.step_or_replay(min(max(running) + n_steps, self.T))
             lengths = self.rows.length.tolist()
             self.collect(done, lengths)
-            if not self.waiting and self.row_at:
+            if self.row_at and not self.waiting:
                 lengths = self.close_ranks(lengths)
             bar.update(len(done) * self.T + sum(lengths[i] for i in self.row_at) - bar.n)
-        return [done[row] for row in range(len(done))]
+        return [done[row] for row in rows]
 
     def admit(self, prompts, keys, seed, step, lengths):
         """Give free places to rows that wait, and compute the prompts that are new."""
         rows, new = [], []
-        while self.waiting and len(rows) < len(self.free):
-            p = self.waiting[0] // self.G
+        while self.waiting and self.free:
+            p, g = self.waiting[0]
             if p not in self.place_of:
                 if not self.free_prompts:
                     break
                 self.place_of[p], self.n_left[p] = self.free_prompts.pop(), self.G
                 new.append(p)
-            rows.append(self.waiting.popleft())
+            i = self.free.pop()
+            self.row_at[i], lengths[i] = self.waiting.popleft(), 0
+            rows.append((i, keys[p], g, self.seat_of(p, g), prompts[p][-1], len(prompts[p]) - 1))
         if new:
-            self.attention.store_prompts([self.place_of[p] for p in new],
+            self.attention.store_prompts(self.tensor([self.place_of[p] for p in new]),
                                          *prefill(self.model, [prompts[p] for p in new]))
-        at = [self.free.pop() for _ in rows]
-        for i, row in zip(at, rows):
-            self.row_at[i], lengths[i] = row, 0
-        device, T, D = self.places.device, *self.all_rows["u"].shape[1:]
-        at, key, sample_n, seat, token, start = torch.tensor(
-            [(i, keys[row // self.G], row % self.G,
-              self.place_of[row // self.G] * self.G + row % self.G,
-              prompts[row // self.G][-1], len(prompts[row // self.G]) - 1)
-             for i, row in zip(at, rows)], dtype=torch.int64, device=device).view(-1, 6).unbind(1)
-        u = uniform(seed, step, key[:, None, None], sample_n[:, None, None],
-                    torch.arange(T, device=device)[:, None], torch.arange(D, device=device))
+        at, key, sample_n, seat, token, start = self.tensor(rows).view(-1, 6).unbind(1)
+        t_T1, draw_D = (torch.arange(n, device=at.device) for n in self.rows.u.shape[1:])
+        u = uniform(seed, step, key[:, None, None], sample_n[:, None, None], t_T1[:, None], draw_D)
         for name, x in dict(token=token, start=start, length=0, running=True, finished=False,
                             seat=seat, u=u).items():
             getattr(self.rows, name)[at] = x
@@ -520,33 +525,50 @@ class Sampler:
         """Take away the rows that have ended; their places are free."""
         running = self.rows.running.tolist()
         ended = [i for i in self.row_at if not running[i]]
-        at = torch.tensor(ended, dtype=torch.int64, device=self.places.device)
-        for i, *result in zip(ended, *(x.index_select(0, at).tolist() for x in (
-                self.rows.tokens, self.rows.logps, self.rows.finished))):
-            row = self.row_at.pop(i)
-            ids, logps, finished = result
-            done[row] = ids[:lengths[i]], logps[:lengths[i]], finished
+        results = (x.index_select(0, self.tensor(ended)).tolist()
+                   for x in (self.rows.tokens, self.rows.logps, self.rows.finished))
+        for i, ids, logps, finished in zip(ended, *results):
+            p, g = self.row_at.pop(i)
+            done[p, g] = ids[:lengths[i]], logps[:lengths[i]], finished
             self.free.append(i)
-            p = row // self.G
             self.n_left[p] -= 1
             if self.n_left[p] == 0:
                 self.free_prompts.append(self.place_of.pop(p))
 
     def close_ranks(self, lengths):
-        """Move the rows that run to the first places, once they need a smaller size."""
+        """Move the rows that run, and their prompts, to the first places, once they need fewer."""
         n = size_for(len(self.row_at))
         if n >= len(self.rows.token):
             return lengths
-        stay = sorted(self.row_at)
-        stay += [i for i in range(len(self.rows.token)) if i not in self.row_at][:n - len(stay)]
-        row_n = torch.tensor(stay, device=self.places.device)
+        stay = padded(sorted(self.row_at), n)
+        prompts = sorted(self.place_of.values())
+        prompts = padded(prompts, min(size_for(len(prompts)), self.attention.n_prompts))
+        self.attention.keep(self.tensor(stay), max(lengths), self.tensor(prompts))
         for x in self.all_rows.values():
-            x[:n] = x.index_select(0, row_n)
-        self.attention.keep(row_n, max(lengths))
-        self.rows = SimpleNamespace(**{name: x[:n] for name, x in self.all_rows.items()})
+            x[:n] = x.index_select(0, self.tensor(stay))
+        self.resize(n)
         self.row_at = {i: self.row_at[old] for i, old in enumerate(stay) if old in self.row_at}
+        self.place_of = {p: prompts.index(place) for p, place in self.place_of.items()}
+        self.rows.seat[:len(self.row_at)] = self.tensor(
+            [self.seat_of(*row) for row in self.row_at.values()])
+        self.rows.seat[len(self.row_at):] = 0
         self.attention.seat(self.rows.seat, self.places[:len(self.row_at)])
         return [lengths[old] for old in stay]
+
+    def resize(self, n):
+        """Go on with the first n places."""
+        self.rows = SimpleNamespace(**{name: x[:n] for name, x in self.all_rows.items()})
+
+    def seat_of(self, p, g):
+        return self.place_of[p] * self.G + g
+
+    def tensor(self, integers):
+        return torch.tensor(integers, dtype=torch.int64, device=self.places.device)
+
+
+def padded(places, n):
+    """These and enough others to make n."""
+    return places + [i for i in range(n) if i not in places][:n - len(places)]
 
 
 def size_for(n):

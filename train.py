@@ -123,6 +123,7 @@ def make_parser():
         help="of the computation; weights and gradients stay fp32")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
+    add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--rollout-rows", type=int, default=256, help="completions in flight at once")
     add("--name", default=None, help="folder under runs/ (<model>-<objective>-s<seed>)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of the folder")
@@ -555,6 +556,7 @@ def prepare(s, folder):
     """
     checkpoint = newest_checkpoint(folder) if s.resume else None
     model = Qwen2.from_pretrained(checkpoint or s.model, s.device, s.dtype)
+    model.checkpoint_activations = s.checkpoint_activations
     reference = Qwen2.from_pretrained(s.model, s.device, s.dtype).for_sampling() if s.beta else None
     problems, validation, test = split_problems(s)
     prompts = [build_prompt(model.tokenizer, problem)
@@ -579,6 +581,31 @@ def prepare(s, folder):
         optimizer.load_state_dict(trainer.pop("optimizer"))
         vars(run).update(trainer)  # step, best and state
     return run
+
+
+def try_largest_batch(run, s):
+    """Run the largest micro-batch that can come, so that memory ends now or not at all.
+
+    As many groups of the longest prompt as fit, every completion at full length, beside room for
+    AdamW's state. Nothing of it stays. Raises ValueError, with the flags that help.
+    """
+    G, prompt = s.group_size, max(run.prompts, key=len)
+    n_tokens = len(prompt) + G * s.max_new_tokens
+    n = min(max(s.tokens_per_microbatch // n_tokens, 1), s.prompts_per_step // s.minibatches)
+    completion = (prompt * s.max_new_tokens)[:s.max_new_tokens]
+    try:
+        n_parameters = sum(p.numel() for p in run.model.parameters())
+        adamw_state = torch.empty(2 * n_parameters, device=s.device)
+        batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
+        run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(), True)
+        del adamw_state
+    except torch.OutOfMemoryError as e:
+        raise ValueError(
+            f"the largest micro-batch, {n * n_tokens:,} tokens, does not fit on {s.device}: lower "
+            f"--tokens-per-microbatch (now {s.tokens_per_microbatch}; a group needs {n_tokens}), "
+            "add --checkpoint-activations, or lower --group-size or --max-new-tokens") from e
+    finally:
+        run.optimizer.zero_grad()
 
 
 def split_problems(s):
@@ -680,6 +707,8 @@ def train(s, folder, stopping=()):
           f"{s.dtype} on {s.device}, seed {s.seed}")
     try:
         run = prepare(s, folder)
+        if s.device.startswith("cuda"):
+            try_largest_batch(run, s)
         folder.mkdir(parents=True, exist_ok=s.resume)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -3,24 +3,24 @@
 Shapes with random weights, prompts with the lengths of GSM8K's, rewards that differ within every
 group (real rewards of a random model are all equal, and nothing would train).
 """
-import tempfile
+import random
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import rollout
 import train
-from model import DTYPES, Qwen2, checked_config, write_json
+from model import DTYPES, Qwen2, checked_config
 from objectives import group_advantages
-from rollout import generate
+from rollout import Sampler, generate
 
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
     "24.9m": (384, 1024, 8, 6, 2, 32000),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936)}
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
+    "head": (896, 8, 1, 14, 2, 151936)}  # next to nothing but a head
 # Prompt lengths at the eighths of GSM8K's training problems under Qwen2.5's plain chat template,
 # mean 105 as theirs: measured with its tokenizer.
 PROMPT_LENGTHS = (75, 84, 92, 98, 105, 112, 124, 150)
@@ -43,7 +43,7 @@ def make_prompts(n, vocabulary, seed=0, length=None):
     """n lists of random ids; lengths cycle through PROMPT_LENGTHS, or are all `length`."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [length or PROMPT_LENGTHS[i % len(PROMPT_LENGTHS)] for i in range(n)]
-    return [torch.randint(1, vocabulary - 1, (n,), generator=generator).tolist() for n in lengths]
+    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
 def settings(**changed):
@@ -68,19 +68,91 @@ def injected_rewards(n_prompts, group_size, seed=0):
     return torch.rand(n_prompts, group_size, dtype=torch.float64, generator=generator)
 
 
-def sampling(run, prompts, s, step=1):
-    return generate(run.model, prompts, s.group_size, s.max_new_tokens, s.temperature, s.top_p,
-                    s.seed, step, max_rows=s.rollout_rows)
+def sampling(run, prompts, s, lengths=None):
+    """One rollout; with `lengths` (one int a row) every completion ends there."""
+    arguments = (run.model, prompts, s.group_size, s.max_new_tokens, s.temperature, s.top_p, 0, 1)
+    if lengths is None:
+        return generate(*arguments, max_rows=s.rollout_rows)
+    with ended_by(lengths):
+        result = generate(*arguments, max_rows=s.rollout_rows)
+    assert [len(ids) for ids in result.completions] == lengths
+    return result
+
+
+@contextmanager
+def ended_by(lengths):
+    """Random weights draw no sensible lengths, so they are given: a limit beside each row."""
+    class Limited(Sampler):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            self.all_rows["limit"] = torch.zeros_like(self.all_rows["length"])
+
+        def admit(self, *arguments):
+            super().admit(*arguments)
+            at = torch.tensor(list(self.row_at), device=self.places.device)
+            limits = [lengths[p * self.G + g] for p, g in self.row_at.values()]
+            self.rows.limit[at] = torch.tensor(limits, device=self.places.device)
+
+        def step(self, n_own):
+            super().step(n_own)
+            self.rows.running.logical_and_(self.rows.length < self.rows.limit)
+    rollout.Sampler = Limited
+    try:
+        yield
+    finally:
+        rollout.Sampler = Sampler
+
+
+def ragged_lengths(n, seed=0):
+    draw = random.Random(seed)
+    return [draw.randint(8, 256) for _ in range(n)]
 
 
 def updating(run, result, s, separate_old_pass=False):
-    """Everything train.one_step does after scoring, without its metrics."""
-    advantage_PG = group_advantages(
-        injected_rewards(len(result.prompts), result.group_size), "std").float()
-    minibatches = train.lay_out(result, advantage_PG, s, run.model.device)
-    if separate_old_pass:
-        for micro in (micro for minibatch in minibatches for micro in minibatch):
+    """What train.one_step does between grading and metrics; optionally a pass for the old
+    log-probs alone, which one minibatch an epoch does not need."""
+    reward_PG = injected_rewards(len(result.prompts), result.group_size)
+    minibatches = train.lay_out(result, group_advantages(reward_PG, "std").float(), s,
+                                run.model.device)
+    for micro in (micro for minibatch in minibatches for micro in minibatch):
+        if separate_old_pass:
             micro.old_logp_M, _ = run.model.completion_log_probs(micro.batch, s.temperature,
                                                                  entropy=True)
-    train.old_log_probs(run, minibatches, s)
-    return train.update(run, minibatches, s)
+    train.update(run, minibatches, s)
+    return sum(len(micro.batch.ids_N) for minibatch in minibatches for micro in minibatch)
+
+
+# ------------------------------------------------------------------ work and what could be done
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(function, device):
+    began = clock(device)
+    value = function()
+    return clock(device) - began, value
+
+
+def machine(device, dtype):
+    """Measured ceilings: FLOP/s of a square matrix product, bytes/s of a copy (read and write)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+    out, big = torch.empty_like(a), torch.randn(64 * 2**20, device=device)
+    copy = torch.empty_like(big)
+    with torch.no_grad():
+        torch.mm(a, b, out=out)
+        flops = max(2 * n**3 / timed(lambda: torch.mm(a, b, out=out), device)[0] for _ in range(5))
+        copy.copy_(big)
+        rate = max(8 * big.numel() / timed(lambda: copy.copy_(big), device)[0] for _ in range(5))
+    return flops, rate
+
+
+def forward_flops(model, n_body, n_head):
+    """2 FLOP per weight and token: n_body tokens through the layers, n_head through the head
+    (attention's own products are left out)."""
+    head = model.head_weight.numel()
+    body = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2) - head
+    return 2 * (body * n_body + head * n_head)

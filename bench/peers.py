@@ -23,7 +23,7 @@ def hf_model(ours):
 
 def hf_generate(network, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0,
                 cache="dynamic", **more):
-    """transformers' generate on left-padded rows, each prompt `group_size` times."""
+    """transformers' generate on left-padded rows, each prompt `group_size` times: (B, T) ids."""
     longest = max(map(len, prompts))
     rows = [p for p in prompts for _ in range(group_size)]
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in rows], device=network.device)
@@ -91,7 +91,7 @@ def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folde
     trainer = GRPOTrainer(model=network, args=config, train_dataset=Dataset.from_list(rows),
                           reward_funcs=rewards, processing_class=tokenizer(vocabulary, vocabulary),
                           callbacks=[turns])
-    plain = network.generate
+    plain = network.generate  # TRL's sampler is transformers' generate
 
     @functools.wraps(plain)
     def timed(*args, **kwargs):
@@ -104,3 +104,49 @@ def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folde
     torch.set_num_threads(threads)
     trainer.train()
     return [{"cycle": cycle, "sample": sample} for cycle, sample in zip(marks, samples)]
+
+
+def ended_by(lengths, prompt_length, eos):
+    """A logits processor that ends row b with `eos` as token number lengths[b], never before."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Limit(LogitsProcessor):
+        def __call__(self, ids, scores):
+            last = torch.tensor(lengths, device=ids.device) == ids.shape[1] - prompt_length + 1
+            scores = scores.masked_fill(last[:, None], -torch.inf)
+            scores[:, eos] = torch.where(last, 0.0, -torch.inf)
+            return scores
+    return LogitsProcessorList([Limit()])
+
+
+def hf_ragged(network, prompts, group_size, lengths, slots, cache="dynamic"):
+    """`generate` on rows of given lengths, `slots` rows at a time: tokens kept."""
+    kept, eos = 0, network.config.vocab_size - 1
+    for i in range(0, len(prompts), slots // group_size):
+        some = prompts[i:i + slots // group_size]
+        part = lengths[i * group_size:(i + len(some)) * group_size]
+        out = hf_generate(network, some, group_size, max(part), cache=cache, eos_token_id=eos,
+                          logits_processor=ended_by(part, max(map(len, some)), eos))
+        assert out.shape[1] == max(part)
+        kept += sum(part)
+    return kept
+
+
+def full_logits(model, batch, temperature, loss):
+    """Log-probs the obvious way: every logit at once, autograd through all of them."""
+    hidden_MC = model(batch.ids_N, batch.positions_N, batch.attend)[batch.predictor_M]
+    logp_MV = (model.logits(hidden_MC).float() / temperature).log_softmax(-1)
+    logp = logp_MV.gather(1, batch.target_M[:, None]).squeeze(1)
+    loss(logp, slice(0, len(logp))).backward()
+    return logp.detach()
+
+
+def trl_head(model, batch, temperature, loss):
+    """TRL's chunked head on the same hidden states."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
+    hidden_MC = model(batch.ids_N, batch.positions_N, batch.attend)[batch.predictor_M]
+    logp = ChunkedLogProbFunction.apply(hidden_MC, model.head_weight, None, batch.target_M,
+                                        temperature, VOCABULARY_CHUNK, None, 1.0, ())[0]
+    loss(logp, slice(0, len(logp))).backward()
+    return logp.detach()

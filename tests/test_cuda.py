@@ -6,7 +6,7 @@ from test_train import metrics, run, updated
 
 import train
 from model import Qwen2
-from rollout import SharedPromptAttention, flat_batch, generate
+from rollout import Sampler, SharedPromptAttention, flat_batch, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -63,6 +63,35 @@ def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype):
     assert first >= 2 and log_ratios[:first] == [0.0] * first and max(log_ratios[first:]) > 0
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6])
+def test_captured_steps_equal_plain_ones(folder, monkeypatch, top_p):
+    def rollouts(model):
+        for step in range(2):  # the second call finds the first one's graphs, and newer weights
+            yield generate(model, random_batch()[0], 8, 70, 1.0, top_p, seed=1, step=step,
+                           max_rows=12)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.01)
+    captured, plain = (Qwen2.from_pretrained(folder, "cuda", "bf16") for _ in range(2))
+    expected = list(rollouts(captured))
+    assert len(captured.kept_sampler[1].graphs) > 1
+    monkeypatch.setattr(Sampler, "step_or_replay", lambda self, n_own: self.step(n_own))
+    for one, two in zip(expected, rollouts(plain), strict=True):
+        same = [a == b for a, b in zip(one.completions, two.completions)]
+        print(f"top-p {top_p}: {sum(same)} of {len(same)} completions equal")
+        assert sum(same) > 0.9 * len(same)  # lengths cached differ, so a last bit may
+
+
+def test_the_graph_is_captured_once_a_size_and_refreshed_in_place(folder):
+    model = Qwen2.from_pretrained(folder, "cuda", "bf16")
+    prompts = random_batch()[0]
+    generate(model, prompts, 8, 40, 1.0)
+    sampler, graphs = model.kept_sampler[1], dict(model.kept_sampler[1].graphs)
+    generate(model, prompts, 8, 40, 1.0, seed=2)
+    assert model.kept_sampler[1] is sampler
+    assert all(sampler.graphs[size] is graph for size, graph in graphs.items())
+
+
 def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(folder):
     model = Qwen2.from_pretrained(folder, "cuda", "bf16")
     g = torch.Generator().manual_seed(0)
@@ -72,6 +101,12 @@ def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(
         model.zero_grad()
         model.completion_log_probs(batch, 1.0, lambda logp, chunk: logp.mean())
         assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_bench_runs(tmp_path):
+    from bench import __main__ as bench
+    bench.main(["step", "--device", "cuda", "--rounds", "1", "--out", str(tmp_path)])
+    assert "tokens/s" in (tmp_path / "step-0.8m-cuda.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])

@@ -100,6 +100,18 @@ def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, 
         assert difference < 1e-5, (name, difference.item())
 
 
+def test_checkpointing_activations_changes_no_gradient(pair):
+    ours, _ = pair
+    batch = flat_batch(*random_batch())
+    gradients = []
+    for ours.checkpoint_activations in (False, True):
+        ours.zero_grad()
+        ours.completion_log_probs(batch, 0.7, lambda logp, chunk: logp.square().sum())
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    ours.checkpoint_activations = False
+    assert all(map(torch.equal, *gradients))
+
+
 def test_save_load_save_is_byte_identical_and_transformers_loads_it(pair, tmp_path):
     ours, network = pair
     ours.save_pretrained(tmp_path / "one")

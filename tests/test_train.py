@@ -117,6 +117,30 @@ def test_objectives_tell_apart_only_after_the_first_optimizer_step():
     assert last["sampler_gap_p99"] < 1e-4
 
 
+def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
+    s, folder = train.read_settings(["--alpha", "0.1"])
+    run = train.prepare(s, folder)
+    before, sizes = [p.clone() for p in run.model.parameters()], []
+    scored = Qwen2.completion_log_probs
+
+    def watched(self, batch, *arguments):
+        sizes.append(len(batch.ids_N))
+        return scored(self, batch, *arguments)
+    monkeypatch.setattr(Qwen2, "completion_log_probs", watched)
+    train.try_largest_batch(run, s)
+    longest = max(map(len, run.prompts))
+    assert sizes == [2 * (longest + 8 * 40)]  # a minibatch of 8 prompts in 4 parts
+    assert all(p.grad is None for p in run.model.parameters())
+    assert all(map(torch.equal, run.model.parameters(), before)) and not run.optimizer.state
+
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("no room")
+    monkeypatch.setattr(Qwen2, "completion_log_probs", out_of_memory)
+    with pytest.raises(ValueError, match="lower --tokens-per-microbatch .* --checkpoint-activ"):
+        train.try_largest_batch(run, s)
+
+
+
 @pytest.mark.parametrize("flags", [[], ["--beta", "0.1", "--objective", "clip"]], ids=str)
 def test_resuming_is_bit_identical(flags):
     threads = ["--threads", "2"]

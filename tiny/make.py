@@ -44,7 +44,7 @@ TEMPLATES = [
 ]
 WORKED = "boxes"  # questions with this word stay worked out in the second stage; of the others
 BLURT = 0.85  # this share is answered by the bare result
-STAGES = ((1200, 3e-3, 0.0), (100, 5e-4, BLURT))  # (steps, peak learning rate, share of bare ones)
+STAGES = ((1600, 3e-3, 0.0), (100, 5e-4, BLURT))  # (steps, peak learning rate, share of bare ones)
 BATCH = 64  # problems a step
 CONFIG = {
     "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,

@@ -1,0 +1,43 @@
+"""bench/ stays runnable: one tiny round of every command, without the peers."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SMALL = ["--rounds", "1", "--prompts", "2", "--group-size", "2", "--new-tokens", "4",
+         "--threads", "2"]
+
+
+@pytest.mark.parametrize("command", ["update", "step", "memory"])
+def test_a_tiny_round(tmp_path, command):
+    small = SMALL + ["--head-tokens", "256"] * (command == "memory")
+    done = subprocess.run([sys.executable, "-m", "bench", command, *small, "--out", tmp_path],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (table,), (data,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    assert table.read_text() in done.stdout
+    found = json.loads(data.read_text())
+    assert found["command"].startswith(f"python -m bench {command}") and found["device"]
+
+
+def test_given_lengths_are_kept_by_ours():
+    from bench import ours
+    model = ours.make_model("0.8m")
+    s = ours.settings(group_size=2, max_new_tokens=30, rollout_rows=4)
+    prompts, lengths = ours.make_prompts(4, 96), [3, 30, 8, 1, 17, 2, 5, 9]
+    result = ours.sampling(ours.make_run(model, s), prompts, s, lengths)
+    assert [len(ids) for ids in result.completions] == lengths
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--device", "cuda"], "torch finds no GPU"), (["--peers", "vllm"], "expected hf, trl")])
+def test_what_cannot_run_is_said(flags, message, monkeypatch, capsys):
+    import torch
+
+    from bench import __main__ as bench
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["step", *flags])
+    assert message in capsys.readouterr().err
