@@ -138,7 +138,7 @@ def sample(args):
         contenders["generate, ragged"] = lambda: peers.hf_ragged(network, prompts, 8, lengths,
                                                                  SLOTS, "static")
         kept["generate, ragged"] = sum(lengths)
-    ragged = rounds_of(contenders, max(args.rounds // 3, 2), device)
+    ragged = rounds_of(contenders, max(args.rounds // 3, 1), device)
     base, first = kept[f"ours, all {mean} tokens"], ragged[f"ours, all {mean} tokens"]
     rows = [[name, f"{kept[name] / statistics.median(t):,.0f}",
              f"{kept[name] / base * ratio(first, t):.2f}"] for name, t in ragged.items()]
@@ -362,7 +362,7 @@ def make_parser():
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--trl-batch", type=int, default=None, help="TRL's per-device batch; default all rows")
     add("--trl-cache", choices=["static", "dynamic"], default="static", help="of TRL's generate")
-    add("--head-tokens", type=int, nargs="+", default=[2048, 8192], help="of memory's head")
+    add("--head-tokens", type=int, nargs="*", default=[2048, 8192], help="of memory's head")
     add("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
 
