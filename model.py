@@ -31,8 +31,8 @@ ARCHITECTURE = "qwen2"  # `model_type` in config.json
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-HEAD_BYTES = 2**26  # chosen: one fp32 (tokens, V) tensor of the chunked head, 883 tokens of
-# Qwen2.5; about three such tensors live at once
+HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the
+# chunked head, 110 and 883 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
 # glibc hands every large tensor back to the system when it is freed, and the next one of its size
@@ -124,7 +124,7 @@ def rotate(x, rotary):
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 (arXiv:2412.15115). Parameter names are the hub's, so a file loads as it is.
+    """Qwen2.5 (arXiv:2412.15115). Where the hub has q, k and v, or gate and up, it has one.
 
     config         dict, the fields of a hub `config.json`
     compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
@@ -148,7 +148,7 @@ class Qwen2(nn.Module):
         self.n_real_ids = c["vocab_size"]
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
-        self.kept_sampler = None  # rollout.py's, on CUDA
+        self.kept_samplers = {}  # rollout.py's, on CUDA
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -222,12 +222,13 @@ class Qwen2(nn.Module):
         logps, entropies, gradients = [], [], []
         with torch.no_grad():
             weight_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
-            for chunk in batch.chunks(max_tokens=HEAD_BYTES // (4 * self.n_real_ids)):
+            chunk_bytes = HEAD_BYTES[self.device.type]
+            for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
                 target_M1 = batch.target_M[chunk, None]
                 x_MV = self.log_probs(hidden_MC[chunk], temperature, weight_VC)
                 logps.append(x_MV.gather(1, target_M1).squeeze(1))
                 if entropy:
-                    entropies.append(-torch.einsum("mv,mv->m", x_MV.exp(), x_MV))
+                    entropies.append(-(x_MV.exp() * x_MV).sum(1))
                 if loss is not None:
                     g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
                     x_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1)
@@ -237,7 +238,8 @@ class Qwen2(nn.Module):
         return torch.cat(logps), torch.cat(entropies) if entropy else None
 
     def head_backward(self, gradient_MV, hidden_MC, weight_VC):
-        """Add the head's gradient, in fp32, to its weight's; return that of its input, (M, C)."""
+        """Add the head's gradient to the fp32 one of its weight; return that of its input, (M, C).
+        """
         gradient_MV = gradient_MV.to(hidden_MC.dtype)
         if self.head_weight.grad is None:
             self.head_weight.grad = torch.zeros_like(self.head_weight)
@@ -251,7 +253,7 @@ class Qwen2(nn.Module):
     def for_sampling(self):
         """The same model without gradients and with its weights cast once to `compute_dtype`.
 
-        Weights already in that dtype are shared, not copied. Drop it after the rollout.
+        Weights already in that dtype are shared, not copied.
         """
         with torch.device("meta"):
             twin = Qwen2(self.config)

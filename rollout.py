@@ -16,6 +16,7 @@ V vocabulary, H query heads, K key/value heads, h = H/K query heads that share o
 import argparse
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -346,11 +347,14 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
                              f"(the context is {model.context}); shorten it or lower "
                              "--max-new-tokens")
     keys = list(range(len(prompts))) if prompt_keys is None else list(prompt_keys)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
     if group_size > max_rows:
         raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
     bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
                unit_scale=True, leave=False, disable=progress is None, delay=2)
-    with torch.inference_mode():
+    on = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
                               max_rows)
         rows = sampler.run(prompts, keys, seed, step, bar)
@@ -362,24 +366,29 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
 def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, max_rows):
     """A Sampler with room for this work, and the present weights of `model`.
 
-    On CUDA the model keeps its last one, whose captured graphs serve the next call of that size.
+    On CUDA the model keeps those it has, whose captured graphs serve the next call of their size:
+    one for training, one for validation. Their weights are refreshed in place.
     """
     longest = max(map(len, prompts), default=1)
     n_rows = min(max_rows, len(prompts) * group_size)
     n_prompts = min(len(prompts), 2 * -(-n_rows // group_size))
+    settings = (n_rows, n_prompts, group_size, max_new_tokens, temperature, top_p)
     if model.device.type == "cpu":
-        return Sampler(model.for_sampling(), n_rows, n_prompts, group_size, longest,
-                       max_new_tokens, temperature, top_p)
-    longest = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    settings = (n_rows, n_prompts, group_size, longest, max_new_tokens, temperature, top_p)
-    if model.kept_sampler is None or model.kept_sampler[0] != settings:
-        model.kept_sampler = None  # its memory first
-        model.kept_sampler = settings, Sampler(model.for_sampling(), *settings)
-    sampler = model.kept_sampler[1]
-    for twin, master in zip(sampler.model.parameters(), model.parameters(), strict=True):
+        return Sampler(model.for_sampling(), longest, *settings)
+    key = (Sampler, *settings, model.compute_dtype, model.n_real_ids, *model.stop_ids)
+    kept = model.kept_samplers
+    if key not in kept or kept[key].attention.mask_PT.shape[1] < longest:
+        kept.pop(key, None)
+        while len(kept) > 1:
+            kept.pop(next(iter(kept)))
+        twin = next((sampler.model for sampler in kept.values()
+                     if sampler.model.compute_dtype == model.compute_dtype), None)
+        room = -(-longest // 128) * 128  # chosen: few prompts of a set are longer than its first
+        kept[key] = Sampler(twin or model.for_sampling(), room, *settings)
+    for twin, master in zip(kept[key].model.parameters(), model.parameters(), strict=True):
         if twin.data_ptr() != master.data_ptr():
             twin.copy_(master)
-    return sampler
+    return kept[key]
 
 
 def prefill(model, prompts):
@@ -410,7 +419,7 @@ class Sampler:
     computed once for its group.
     """
 
-    def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens,
+    def __init__(self, model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens,
                  temperature, top_p):
         self.model, self.G, self.T = model, group_size, max_new_tokens
         self.temperature, self.top_p = temperature, top_p
@@ -436,7 +445,7 @@ class Sampler:
     def step(self, n_own):
         """The next token of every row. n_own: more than the `length` of any row that runs."""
         r = self.rows
-        t_R = r.length.clamp(max=self.T - 1)  # a row that has ended goes on, unheard
+        t_R = r.length.clamp(max=self.T - 1)  # one that has ended goes on; nobody reads it
         self.attention.look_at(r.seat, t_R, n_own)
         hidden_RC = self.model(r.token, r.start + r.length, self.attention)
         logp_RV = self.model.log_probs(hidden_RC, self.temperature or 1.0)
@@ -484,7 +493,8 @@ class Sampler:
         self.free_prompts = list(range(self.attention.n_prompts))[::-1]
         lengths = [0] * len(self.places)
         while self.waiting or self.row_at:
-            if len(self.free) * 16 >= len(self.places):  # a few at once share the work
+            # a few at once share the work
+            if self.waiting and len(self.free) * 16 >= len(self.places):
                 self.admit(prompts, keys, seed, step, lengths)
             running = [lengths[i] for i in self.row_at]
             n_steps = min(LOOK_EVERY, self.T - min(running))

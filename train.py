@@ -584,7 +584,7 @@ def prepare(s, folder):
 
 
 def try_largest_batch(run, s):
-    """Run the largest micro-batch that can come, so that memory ends now or not at all.
+    """Run a full rollout and the largest micro-batch, so that memory ends now or not at all.
 
     As many groups of the longest prompt as fit, every completion at full length, beside room for
     AdamW's state. Nothing of it stays. Raises ValueError, with the flags that help.
@@ -595,15 +595,20 @@ def try_largest_batch(run, s):
     completion = (prompt * s.max_new_tokens)[:s.max_new_tokens]
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
-        adamw_state = torch.empty(2 * n_parameters, device=s.device)
+        adamw_state = torch.empty(0 if run.optimizer.state else 2 * n_parameters, device=s.device)
+        generate(run.model, [prompt] * s.prompts_per_step, G, s.max_new_tokens, s.temperature,
+                 s.top_p, max_rows=s.rollout_rows)
         batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
-        run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(), True)
+        for _ in range(2):  # the second time beside the gradients of the first
+            run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(),
+                                           True)
         del adamw_state
     except torch.OutOfMemoryError as e:
         raise ValueError(
-            f"the largest micro-batch, {n * n_tokens:,} tokens, does not fit on {s.device}: lower "
-            f"--tokens-per-microbatch (now {s.tokens_per_microbatch}; a group needs {n_tokens}), "
-            "add --checkpoint-activations, or lower --group-size or --max-new-tokens") from e
+            f"a rollout or its largest micro-batch, {n * n_tokens:,} tokens, does not fit on "
+            f"{s.device}: lower --tokens-per-microbatch (now {s.tokens_per_microbatch}; a group "
+            f"needs {n_tokens}) or --rollout-rows (now {s.rollout_rows}), add "
+            "--checkpoint-activations, or lower --group-size or --max-new-tokens") from e
     finally:
         run.optimizer.zero_grad()
 
@@ -804,6 +809,9 @@ def peak_memory_gib(device):
     """Highest memory so far: of the device on CUDA, of the process on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage may begin with the peak of the process's parent
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / 2**20 if sys.platform != "darwin" else kib / 2**30  # macOS counts bytes
 

@@ -40,9 +40,10 @@ def command(function):
 def rounds_of(contenders, n, device):
     """Run each contender once a round, after one round unmeasured: {name: list of seconds}."""
     seconds = {name: [] for name in contenders}
+    names = list(contenders)
     for i in tqdm(range(n + 1), desc="rounds", leave=False):
-        for name, function in contenders.items():
-            took = ours.timed(function, device)[0]
+        for name in names[i % len(names):] + names[:i % len(names)]:  # each goes first in turn
+            took = ours.timed(contenders[name], device)[0]
             if i:
                 seconds[name].append(took)
     return seconds
@@ -65,8 +66,7 @@ def report(name, args, text, data):
     device = torch.cuda.get_device_name(args.device) if args.device != "cpu" else (
         f"{args.threads} threads of {os.cpu_count()} cores, {model or platform.processor()}")
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in {"hf": ["transformers"], "trl": ["trl", "transformers"]}.get(
-            args.peers[-1] if args.peers else "", []):
+    for package in needed(args.peers):
         versions[package] = __import__(package).__version__
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -79,6 +79,11 @@ def report(name, args, text, data):
     (args.out / f"{name}.json").write_text(json.dumps(
         {"device": device, "dtype": args.dtype, "versions": versions, "commit": commit,
          "command": used, **data}, indent=1) + "\n", encoding="utf-8")
+
+
+def needed(peers_named):
+    """The packages of these peers."""
+    return ["transformers"] * bool(peers_named) + ["trl"] * ("trl" in peers_named)
 
 
 def in_a_fresh_process(args, contender, **more):
@@ -194,10 +199,10 @@ def step(args):
     theirs = []
     if "trl" in args.peers:
         with tempfile.TemporaryDirectory() as folder:
-            theirs = peers.trl_rounds(model, prompts, args.group_size, args.new_tokens,
-                                      args.rounds + 1, cycle, folder, args.temperature, args.top_p,
-                                      cache=args.trl_cache, device_batch=args.trl_batch,
-                                      threads=args.threads)[1:]
+            theirs = peers.trl_rounds(peers.hf_model(model), prompts, args.group_size,
+                                      args.new_tokens, args.rounds + 1, cycle, folder,
+                                      args.temperature, args.top_p, cache=args.trl_cache,
+                                      device_batch=args.trl_batch, threads=args.threads)[1:]
     else:
         for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
             cycle()
@@ -232,10 +237,12 @@ def memory(args):
     """Peak memory of the cycle beside TRL's; time and peak of the head on a large vocabulary."""
     contenders = ["step"] + ["trl_step"] * ("trl" in args.peers)
     peaks = {name: in_a_fresh_process(args, name) for name in contenders}
-    rows = [[name, f"{p['peak_gib']:.2f}", f"{p['peak_gib'] - p['start_gib']:.2f}",
-             f"{p['peak_gib'] / peaks['step']['peak_gib']:.2f}"] for name, p in peaks.items()]
+    above = {name: p["peak_gib"] - p["start_gib"] for name, p in peaks.items()}
+    rows = [[name, f"{p['peak_gib']:.2f}", f"{peaks['step']['peak_gib'] / p['peak_gib']:.2f}",
+             f"{above[name]:.2f}", f"{above['step'] / above[name]:.2f}"]
+            for name, p in peaks.items()]
     text = (f"Peak memory of three cycles, {args.shape} (on a CPU that of the process)\n\n"
-            + table(["", "peak GiB", "above what the imports hold", "÷ ours"], rows))
+            + table(["", "peak GiB", "ours ÷ it", "above its imports", "ours ÷ it"], rows))
     heads = ["head", "full_head"] + ["trl_head"] * ("trl" in args.peers)
     data = {"peaks": peaks}
     for n in args.head_tokens:
@@ -322,11 +329,14 @@ def alone(contender, flags):
         model.zero_grad()
         out["seconds"] = min(first, ours.timed(scored, model.device)[0])
     elif contender == "trl_step":
-        import trl  # noqa: F401
+        from datasets import Dataset  # noqa: F401   they are loaded on first use
+        from trl import GRPOConfig, GRPOTrainer  # noqa: F401
         out["start_gib"] = peak_memory_gib(f.device)
-        model, _, prompts, s = fixed_work(f)
+        model, _, prompts, _ = fixed_work(f)
+        network = peers.hf_model(model)
+        del model, _
         with tempfile.TemporaryDirectory() as folder:
-            peers.trl_rounds(model, prompts, f.group_size, f.new_tokens, 3, lambda: None, folder,
+            peers.trl_rounds(network, prompts, f.group_size, f.new_tokens, 3, lambda: None, folder,
                              f.temperature, f.top_p, cache=f.trl_cache, device_batch=f.trl_batch,
                              threads=f.threads)
     else:
@@ -376,12 +386,11 @@ def main(argv=None):
     args.peers = [name for name in args.peers.split(",") if name]
     if unknown := set(args.peers) - {"hf", "trl"}:
         parser.error(f"--peers has {', '.join(sorted(unknown))}; expected hf, trl or both")
-    for package in {"hf": ["transformers"], "trl": ["trl"]}.get(args.peers[-1], []) if (
-            args.peers) else []:
+    for package in needed(args.peers):
         try:
             __import__(package)
         except ImportError:
-            parser.error(f"--peers {package} needs bench/requirements.txt: "
+            parser.error(f"--peers: there is no package {package} here; it comes with "
                          "pip install -r bench/requirements.txt")
     args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
     for name, (cpu, gpu) in {"prompts": (8, 16), "group_size": (8, 4),

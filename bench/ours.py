@@ -5,7 +5,6 @@ group (real rewards of a random model are all equal, and nothing would train).
 """
 import random
 import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -36,6 +35,8 @@ def make_model(shape, device="cpu", dtype="fp32", seed=0):
         "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": True,
         "max_position_embeddings": 32768, "rope_theta": 1000000.0})).to(device)
     model.compute_dtype = DTYPES[dtype]
+    if dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
     return model
 
 
@@ -73,34 +74,31 @@ def sampling(run, prompts, s, lengths=None):
     arguments = (run.model, prompts, s.group_size, s.max_new_tokens, s.temperature, s.top_p, 0, 1)
     if lengths is None:
         return generate(*arguments, max_rows=s.rollout_rows)
-    with ended_by(lengths):
+    Limited.lengths, rollout.Sampler = lengths, Limited
+    try:
         result = generate(*arguments, max_rows=s.rollout_rows)
+    finally:
+        rollout.Sampler = Sampler
     assert [len(ids) for ids in result.completions] == lengths
     return result
 
 
-@contextmanager
-def ended_by(lengths):
+class Limited(Sampler):
     """Random weights draw no sensible lengths, so they are given: a limit beside each row."""
-    class Limited(Sampler):
-        def __init__(self, *settings):
-            super().__init__(*settings)
-            self.all_rows["limit"] = torch.zeros_like(self.all_rows["length"])
+    lengths = None
 
-        def admit(self, *arguments):
-            super().admit(*arguments)
-            at = torch.tensor(list(self.row_at), device=self.places.device)
-            limits = [lengths[p * self.G + g] for p, g in self.row_at.values()]
-            self.rows.limit[at] = torch.tensor(limits, device=self.places.device)
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        self.all_rows["limit"] = torch.zeros_like(self.all_rows["length"])
 
-        def step(self, n_own):
-            super().step(n_own)
-            self.rows.running.logical_and_(self.rows.length < self.rows.limit)
-    rollout.Sampler = Limited
-    try:
-        yield
-    finally:
-        rollout.Sampler = Sampler
+    def admit(self, *arguments):
+        super().admit(*arguments)
+        limits = [Limited.lengths[p * self.G + g] for p, g in self.row_at.values()]
+        self.rows.limit[self.tensor(list(self.row_at))] = self.tensor(limits)
+
+    def step(self, n_own):
+        super().step(n_own)
+        self.rows.running.logical_and_(self.rows.length < self.rows.limit)
 
 
 def ragged_lengths(n, seed=0):

@@ -3,9 +3,11 @@
 Everything here needs bench/requirements.txt; ours alone needs none of it.
 """
 import functools
-import time
 
 import torch
+
+from bench.ours import clock
+from model import to_hub
 
 
 def hf_model(ours):
@@ -14,7 +16,9 @@ def hf_model(ours):
     config = Qwen2Config(**{k: v for k, v in ours.config.items() if k != "model_type"})
     config.eos_token_id = config.bos_token_id = None
     theirs = Qwen2ForCausalLM(config)
-    theirs.load_state_dict({k: v.detach() for k, v in ours.state_dict().items()}, strict=False)
+    weights = {k: v.detach().cpu() for k, v in to_hub(ours.state_dict(), ours.config).items()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     theirs.tie_weights()
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
@@ -47,9 +51,10 @@ def tokenizer(vocabulary, eos):
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=str(eos), pad_token="0")
 
 
-def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folder, temperature=1.0,
-               top_p=1.0, iterations=2, cache="static", device_batch=None, threads=2):
-    """Train with TRL's GRPOTrainer for `rounds` rollouts, each used `iterations` times.
+def trl_rounds(network, prompts, group_size, max_new_tokens, rounds, between, folder,
+               temperature=1.0, top_p=1.0, iterations=2, cache="static", device_batch=None, threads=2):
+    """Train `network` (transformers') with TRL's GRPOTrainer: `rounds` rollouts, each
+    used `iterations` times.
 
     between(): called after each rollout's last update, outside the time; this is where ours runs,
     so that the two take turns. Returns one {"cycle", "sample"} of seconds for each round.
@@ -57,12 +62,11 @@ def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folde
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    network = hf_model(ours).float()
-    vocabulary, B = ours.config["vocab_size"], len(prompts) * group_size
-    device_batch = device_batch or B
-    on_cpu = ours.device.type == "cpu"
+    vocabulary, B = network.config.vocab_size, len(prompts) * group_size
+    device_batch, device = device_batch or B, network.device
+    bf16, network = network.dtype == torch.bfloat16, network.float()
     config = GRPOConfig(
-        output_dir=str(folder), use_cpu=on_cpu, bf16=ours.compute_dtype == torch.bfloat16,
+        output_dir=str(folder), use_cpu=device.type == "cpu", bf16=bf16,
         per_device_train_batch_size=device_batch, gradient_accumulation_steps=B // device_batch,
         num_generations=group_size, num_iterations=iterations, max_completion_length=max_new_tokens,
         max_steps=rounds * iterations, temperature=temperature, top_p=top_p, top_k=0,
@@ -79,12 +83,12 @@ def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folde
     class Turns(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step % iterations == 0:
-                marks.append(time.perf_counter() - self.began)
+                marks.append(clock(device) - self.began)
                 between()
-                self.began = time.perf_counter()
+                self.began = clock(device)
 
         def on_train_begin(self, *_, **__):
-            self.began = time.perf_counter()
+            self.began = clock(device)
 
     generator, turns = torch.Generator().manual_seed(0), Turns()
     rows = [{"prompt": " ".join(map(str, p))} for p in prompts] * rounds
@@ -95,9 +99,9 @@ def trl_rounds(ours, prompts, group_size, max_new_tokens, rounds, between, folde
 
     @functools.wraps(plain)
     def timed(*args, **kwargs):
-        began = time.perf_counter()
+        began = clock(device)
         out = plain(*args, **kwargs)
-        samples.append(time.perf_counter() - began)
+        samples.append(clock(device) - began)
         assert out.shape[1] - kwargs["input_ids"].shape[1] == max_new_tokens
         return out
     network.generate = timed

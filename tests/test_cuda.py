@@ -74,7 +74,8 @@ def test_captured_steps_equal_plain_ones(folder, monkeypatch, top_p):
                     p.mul_(1.01)
     captured, plain = (Qwen2.from_pretrained(folder, "cuda", "bf16") for _ in range(2))
     expected = list(rollouts(captured))
-    assert len(captured.kept_sampler[1].graphs) > 1
+    (sampler,) = captured.kept_samplers.values()
+    assert len(sampler.graphs) > 1
     monkeypatch.setattr(Sampler, "step_or_replay", lambda self, n_own: self.step(n_own))
     for one, two in zip(expected, rollouts(plain), strict=True):
         same = [a == b for a, b in zip(one.completions, two.completions)]
@@ -86,9 +87,10 @@ def test_the_graph_is_captured_once_a_size_and_refreshed_in_place(folder):
     model = Qwen2.from_pretrained(folder, "cuda", "bf16")
     prompts = random_batch()[0]
     generate(model, prompts, 8, 40, 1.0)
-    sampler, graphs = model.kept_sampler[1], dict(model.kept_sampler[1].graphs)
+    (sampler,) = model.kept_samplers.values()
+    graphs = dict(sampler.graphs)
     generate(model, prompts, 8, 40, 1.0, seed=2)
-    assert model.kept_sampler[1] is sampler
+    assert list(model.kept_samplers.values()) == [sampler]
     assert all(sampler.graphs[size] is graph for size, graph in graphs.items())
 
 

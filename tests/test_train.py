@@ -129,7 +129,7 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
     monkeypatch.setattr(Qwen2, "completion_log_probs", watched)
     train.try_largest_batch(run, s)
     longest = max(map(len, run.prompts))
-    assert sizes == [2 * (longest + 8 * 40)]  # a minibatch of 8 prompts in 4 parts
+    assert sizes == 2 * [2 * (longest + 8 * 40)]  # a minibatch of 8 prompts in 4 parts
     assert all(p.grad is None for p in run.model.parameters())
     assert all(map(torch.equal, run.model.parameters(), before)) and not run.optimizer.state
 
@@ -296,7 +296,7 @@ def test_the_noise_floor_is_zero_in_fp32_and_not_in_bf16():
     model = Qwen2.from_pretrained("tiny")
     assert train.noise_floor(model, micro, 1.0) == {"noise_floor_0.1": 0, "noise_floor_0.2": 0}
     model = Qwen2.from_pretrained("tiny", dtype="bf16")
-    floor = train.noise_floor(model, micro, 0.3)  # a low temperature magnifies the rounding
+    floor = train.noise_floor(model, micro, 0.1)  # a low temperature magnifies the rounding
     assert 0 < floor["noise_floor_0.2"] < floor["noise_floor_0.1"] < 1
     assert model.compute_dtype == torch.bfloat16
 
