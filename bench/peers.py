@@ -52,7 +52,8 @@ def tokenizer(vocabulary, eos):
 
 
 def trl_rounds(network, prompts, group_size, max_new_tokens, rounds, between, folder,
-               temperature=1.0, top_p=1.0, iterations=2, cache="static", device_batch=None, threads=2):
+               temperature=1.0, top_p=1.0, iterations=2, cache="static", device_batch=None,
+               threads=2):
     """Train `network` (transformers') with TRL's GRPOTrainer: `rounds` rollouts, each
     used `iterations` times.
 
