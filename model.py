@@ -152,7 +152,7 @@ class Qwen2(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:
+            elif p.dim() == 2 and not p.is_meta:  # each rollout makes a meta model
                 nn.init.normal_(p, std=c.get("initializer_range", 0.02))
 
     @property
@@ -343,7 +343,6 @@ def from_hub(weights):
             pieces = [weights.pop(name.replace(first, part)) for part in (first, *others)]
             weights[name.replace(first, whole)] = torch.cat(pieces)
     return weights
-
 
 
 def read_json(path):

@@ -2,16 +2,16 @@
 
 What it does    `generate` samples G completions for each of P prompts: every prompt runs through
                 the model once, its keys and values are stored once for its whole group, and rows
-                that have finished leave the computation. `flat_batch` lays prompts and completions
-                end to end for scoring, again with each prompt once.
+                that have finished make room for rows that wait. `flat_batch` lays prompts and
+                completions end to end for scoring, again with each prompt once.
 What it leaves  the network to model.py, what a good completion is to rewards.py.
 Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is that?" -n 4
 Where to fork   `sample` holds the choice of the next token (add min-p or top-k there);
                 `SharedPromptAttention` holds who sees whom in training.
 
-Axis letters: P prompts, G completions per prompt, B = P·G rows, R rows still running, S places for
-running rows beside one prompt, N flat tokens, M completion tokens, T positions (J those of keys),
-V vocabulary, H query heads, K key/value heads, h = H/K query heads that share one, D head width.
+Axis letters: P prompts, G completions per prompt, B = P·G rows, R rows in flight, S seats beside
+prompts, N flat tokens, M completion tokens, T positions (J those of keys), V vocabulary, H query
+heads, K key/value heads, h = H/K query heads that share one, D head width.
 """
 import argparse
 import time
@@ -493,7 +493,7 @@ class Sampler:
         self.free_prompts = list(range(self.attention.n_prompts))[::-1]
         lengths = [0] * len(self.places)
         while self.waiting or self.row_at:
-            # a few at once share the work
+            # several at once: their prompts are computed together
             if self.waiting and len(self.free) * 16 >= len(self.places):
                 self.admit(prompts, keys, seed, step, lengths)
             running = [lengths[i] for i in self.row_at]
@@ -520,10 +520,12 @@ class Sampler:
             i = self.free.pop()
             self.row_at[i], lengths[i] = self.waiting.popleft(), 0
             rows.append((i, keys[p], g, self.seat_of(p, g), prompts[p][-1], len(prompts[p]) - 1))
+        if not rows:  # rows are free, but every place for a prompt is taken
+            return
         if new:
             self.attention.store_prompts(self.tensor([self.place_of[p] for p in new]),
                                          *prefill(self.model, [prompts[p] for p in new]))
-        at, key, sample_n, seat, token, start = self.tensor(rows).view(-1, 6).unbind(1)
+        at, key, sample_n, seat, token, start = self.tensor(rows).unbind(1)
         t_T1, draw_D = (torch.arange(n, device=at.device) for n in self.rows.u.shape[1:])
         u = uniform(seed, step, key[:, None, None], sample_n[:, None, None], t_T1[:, None], draw_D)
         for name, x in dict(token=token, start=start, length=0, running=True, finished=False,

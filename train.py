@@ -565,8 +565,7 @@ def prepare(s, folder):
     if longest + s.max_new_tokens > model.context:
         raise ValueError(f"the longest prompt has {longest} tokens and --max-new-tokens is "
                          f"{s.max_new_tokens}; the model's context holds {model.context}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
-                                  eps=1e-8, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(model, s)
     run = SimpleNamespace(
         model=model, reference=reference, optimizer=optimizer, problems=problems, prompts=prompts,
         validation=validation, test=test, step=0, best=-math.inf,
@@ -581,6 +580,11 @@ def prepare(s, folder):
         optimizer.load_state_dict(trainer.pop("optimizer"))
         vars(run).update(trainer)  # step, best and state
     return run
+
+
+def make_optimizer(model, s):
+    return torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                             weight_decay=0.0, fused=True)
 
 
 def try_largest_batch(run, s):

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from bench.ours import clock
 from model import to_hub
+from train import clock
 
 
 def hf_model(ours):
@@ -84,12 +84,12 @@ def trl_rounds(network, prompts, group_size, max_new_tokens, rounds, between, fo
     class Turns(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step % iterations == 0:
-                marks.append(clock(device) - self.began)
+                marks.append(clock(str(device)) - self.began)
                 between()
-                self.began = clock(device)
+                self.began = clock(str(device))
 
         def on_train_begin(self, *_, **__):
-            self.began = clock(device)
+            self.began = clock(str(device))
 
     generator, turns = torch.Generator().manual_seed(0), Turns()
     rows = [{"prompt": " ".join(map(str, p))} for p in prompts] * rounds
@@ -100,9 +100,9 @@ def trl_rounds(network, prompts, group_size, max_new_tokens, rounds, between, fo
 
     @functools.wraps(plain)
     def timed(*args, **kwargs):
-        began = clock(device)
+        began = clock(str(device))
         out = plain(*args, **kwargs)
-        samples.append(clock(device) - began)
+        samples.append(clock(str(device)) - began)
         assert out.shape[1] - kwargs["input_ids"].shape[1] == max_new_tokens
         return out
     network.generate = timed

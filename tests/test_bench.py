@@ -31,6 +31,15 @@ def test_given_lengths_are_kept_by_ours():
     assert [len(ids) for ids in result.completions] == lengths
 
 
+def test_rows_wait_where_every_place_for_a_prompt_is_taken():
+    from bench import ours
+    model = ours.make_model("0.8m")
+    s = ours.settings(group_size=4, max_new_tokens=40, rollout_rows=4)
+    prompts, lengths = ours.make_prompts(6, 96), [40, 1, 1, 1] * 6  # one of each group stays long
+    result = ours.sampling(ours.make_run(model, s), prompts, s, lengths)
+    assert [len(ids) for ids in result.completions] == lengths
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--device", "cuda"], "torch finds no GPU"), (["--peers", "vllm"], "expected hf, trl")])
 def test_what_cannot_run_is_said(flags, message, monkeypatch, capsys):
