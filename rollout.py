@@ -138,7 +138,7 @@ class CachedAttention:
     Row r sits on seat_R[r], a seat is place · G + sample; row_S is the way back (any row where a
     seat is empty). To meet a prompt's keys without copying them for every row, the queries of its
     G seats are stacked into one long query (`by_prompt`) and what comes out is taken apart again
-    (`by_row`).
+    (`by_row`): each is one selection, whose indices `look_at` makes once for all layers.
     """
 
     def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens):
@@ -155,36 +155,38 @@ class CachedAttention:
         self.mask_PT = torch.zeros(n_prompts, longest_prompt, device=model.device)
         self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
         self.n_prompts = n_prompts  # places in use, the first ones
-        self.in_order = False  # row r sits on seat r, all seats: nothing to rearrange
 
     def seat(self, seat_R, row_n):
         """Rows row_n now sit where seat_R says."""
         self.row_S.clamp_(max=len(seat_R) - 1)
         self.row_S[seat_R[row_n]] = row_n
-        self.in_order = seat_R.tolist() == list(range(self.n_prompts * self.G))
 
     def look_at(self, seat_R, t_R, n_own):
         """Before each step: t_R tokens of each row are cached, n_own is more than any of them."""
-        self.seat_R, self.t_R, self.n_own = seat_R, t_R, n_own
+        self.t_R, self.n_own = t_R, n_own
         self.row_R = torch.arange(len(t_R), device=t_R.device)
+        K, G, P = self.own_k[0].shape[1], self.G, self.n_prompts
+        k_K = torch.arange(K, device=t_R.device)
+        row_PG = self.row_S[:P * G].view(P, G)
+        place_R, sample_R = seat_R // G, seat_R % G
+        self.row_and_head_PKG = (row_PG[:, None] * K + k_K[:, None]).flatten()
+        self.place_head_sample_RK = ((place_R[:, None] * K + k_K) * G + sample_R[:, None]).flatten()
         future_RT = torch.arange(n_own, device=t_R.device) > t_R[:, None]
         own_RT = torch.zeros(future_RT.shape, device=t_R.device).masked_fill_(future_RT, -torch.inf)
-        mask_RT = self.mask_PT.index_select(0, seat_R // self.G)
+        mask_RT = self.mask_PT.index_select(0, place_R)
         self.mask_R11J = torch.cat([mask_RT, own_RT], 1)[:, None, None]
 
     def by_prompt(self, x_RKhX):
         """(R, K, h, X) -> (P, K, G·h, X), the seats beside one prompt together."""
         _, K, h, X = x_RKhX.shape
-        x = x_RKhX
-        if not self.in_order:
-            x = x.index_select(0, self.row_S[:self.n_prompts * self.G])
-        return x.view(-1, self.G, K, h, X).transpose(1, 2).reshape(-1, K, self.G * h, X)
+        x = x_RKhX.reshape(-1, h * X).index_select(0, self.row_and_head_PKG)
+        return x.view(self.n_prompts, K, self.G * h, X)
 
     def by_row(self, x_PKSX, h):
         """The way back: (P, K, G·h, X) -> (R, K, h, X)."""
-        P, K, _, X = x_PKSX.shape
-        x = x_PKSX.view(P, K, self.G, h, X).transpose(1, 2).reshape(P * self.G, K, h, X)
-        return x if self.in_order else x.index_select(0, self.seat_R)
+        _, K, _, X = x_PKSX.shape
+        x = x_PKSX.reshape(-1, h * X).index_select(0, self.place_head_sample_RK)
+        return x.view(-1, K, h, X)
 
     def __call__(self, layer, q_RHD, k_RKD, v_RKD):
         (R, H, D), K, n_own = q_RHD.shape, k_RKD.shape[1], self.n_own
@@ -467,7 +469,7 @@ class Sampler:
         if self.places.device.type == "cpu":
             return self.step(n_own)
         n_own = min(-(-n_own // LENGTH_STEP) * LENGTH_STEP, self.T)
-        size = len(self.rows.token), n_own, self.attention.n_prompts, self.attention.in_order
+        size = len(self.rows.token), n_own, self.attention.n_prompts
         if size not in self.graphs:
             before = {name: x.clone() for name, x in vars(self.rows).items()}
             side = torch.cuda.Stream()
