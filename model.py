@@ -73,11 +73,11 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(width, (self.n_heads + 2 * self.n_kv_heads) * self.head_width)
         self.o_proj = Linear(self.n_heads * self.head_width, width, bias=False)
 
-    def forward(self, x, rotary, attend, layer):
+    def queries_keys_values(self, x, rotary):
+        """(N, H, D), (N, K, D), (N, K, D)."""
         H, K = self.n_heads, self.n_kv_heads
         qk, v = self.qkv_proj(x).view(-1, H + 2 * K, self.head_width).split([H + K, K], 1)
-        q, k = rotate(qk, rotary).split([H, K], 1)  # (N, H, D), (N, K, D)
-        return self.o_proj(attend(layer, q, k, v).flatten(1))
+        return *rotate(qk, rotary).split([H, K], 1), v
 
 
 class MLP(nn.Module):
@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """Attention, then MLP, each after a norm and added to the stream. `layer` is its number, which
-    `attend` needs to find its cache."""
+    `attend` needs to find its cache. `before` and `after` attention is all that can be compiled."""
 
     def __init__(self, c):
         super().__init__()
@@ -105,7 +105,13 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rotary, attend, layer):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, layer)
+        return self.after(x, attend(layer, *self.before(x, rotary)))
+
+    def before(self, x, rotary):
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), rotary)
+
+    def after(self, x, attended_NHD):
+        x = x + self.self_attn.o_proj(attended_NHD.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -249,6 +255,22 @@ class Qwen2(nn.Module):
         else:
             total_VC += gradient_MV.T @ hidden_MC
         return gradient_MV @ weight_VC
+
+    def compile_layers(self):
+        """Compile what lies around attention; the sampler's copy stays as it is.
+
+        Raises ValueError where torch cannot compile here.
+        """
+        for block in self.model["layers"]:
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
+        two = torch.arange(2, device=self.device)
+        try:
+            with torch.no_grad():
+                self(two, two, lambda layer, q_NHD, k_NKD, v_NKD: q_NHD)
+        except RuntimeError as e:
+            raise ValueError("torch cannot compile here; install a C++ compiler (on CUDA also "
+                             f"triton) or leave --compile away ({str(e).splitlines()[0]})") from e
 
     def for_sampling(self):
         """The same model without gradients and with its weights cast once to `compute_dtype`.

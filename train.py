@@ -124,6 +124,7 @@ def make_parser():
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
+    add("--compile", action="store_true", help="updates some 5 to 15 %% faster after ten seconds")
     add("--rollout-rows", type=int, default=256, help="completions in flight at once")
     add("--name", default=None, help="folder under runs/ (<model>-<objective>-s<seed>)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of the folder")
@@ -557,6 +558,8 @@ def prepare(s, folder):
     checkpoint = newest_checkpoint(folder) if s.resume else None
     model = Qwen2.from_pretrained(checkpoint or s.model, s.device, s.dtype)
     model.checkpoint_activations = s.checkpoint_activations
+    if s.compile:
+        model.compile_layers()
     reference = Qwen2.from_pretrained(s.model, s.device, s.dtype).for_sampling() if s.beta else None
     problems, validation, test = split_problems(s)
     prompts = [build_prompt(model.tokenizer, problem)

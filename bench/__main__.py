@@ -90,7 +90,8 @@ def in_a_fresh_process(args, contender, **more):
     """Seconds and memory of one contender alone: what its line of JSON says."""
     flags = {key: getattr(args, key) for key in (
         "device", "dtype", "threads", "shape", "prompts", "group_size", "new_tokens",
-        "prompt_length", "rows", "temperature", "top_p", "trl_batch", "trl_cache")} | more
+        "prompt_length", "rows", "temperature", "top_p", "compile", "trl_batch",
+        "trl_cache")} | more
     done = subprocess.run([sys.executable, "-m", "bench", "alone", contender, json.dumps(flags)],
                           capture_output=True, text=True, cwd=RESULTS.parent.parent)
     if done.returncode:
@@ -100,6 +101,8 @@ def in_a_fresh_process(args, contender, **more):
 
 def fixed_work(args, **more):
     model = ours.make_model(args.shape, args.device, args.dtype)
+    if args.compile:
+        model.compile_layers()
     s = ours.settings(group_size=args.group_size, max_new_tokens=args.new_tokens,
                       temperature=args.temperature, top_p=args.top_p, rollout_rows=args.rows,
                       device=args.device, **more)
@@ -170,11 +173,14 @@ def update(args):
     flops = ours.machine(device, model.compute_dtype)[0]
     n_scored = args.prompts * args.group_size * args.new_tokens
     work = 3 * s.epochs * ours.forward_flops(model, packed["pspo"], n_scored)
-    memory = {name: in_a_fresh_process(args, "update", objective=name)["peak_gib"]
-              for name in names}
+    memory = {name: [] for name in names}
+    for _ in tqdm(range(args.rounds), desc="memory", leave=False):
+        for name in names:
+            memory[name].append(in_a_fresh_process(args, "update", objective=name)["peak_gib"])
     rows = [[name, f"{s.epochs * packed[name] / statistics.median(seconds[name]):,.0f}",
-             f"{ratio(seconds[name], seconds['noclip']):.3f}", f"{memory[name]:.3f}",
-             f"{memory[name] / memory['noclip']:.3f}",
+             f"{ratio(seconds[name], seconds['noclip']):.3f}",
+             f"{statistics.median(memory[name]):.3f}",
+             f"{ratio(memory[name], memory['noclip']):.3f}",
              f"{work / statistics.median(seconds[name]) / flops:.0%}"] for name in names]
     text = (f"Update, {args.shape}: {args.prompts} prompts × {args.group_size} completions × "
             f"{args.new_tokens} tokens, 2 epochs\n\n"
@@ -369,6 +375,7 @@ def make_parser():
     add("--rows", type=int, default=512, help="places for running rows")
     add("--temperature", type=float, default=1.0, help="of sampling and scoring")
     add("--top-p", type=float, default=1.0, help="nucleus mass")
+    add("--compile", action="store_true", help="as train.py's: the layers around attention")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--trl-batch", type=int, default=None, help="TRL's per-device batch; default all rows")
     add("--trl-cache", choices=["static", "dynamic"], default="static", help="of TRL's generate")

@@ -48,8 +48,9 @@ def test_cached_decoding_equals_teacher_forcing(folder, dtype, limit):
     assert gap.mean() < limit / 10 and gap.max() < limit
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype):
+def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype, compiled):
     log_ratios = []
     policy_loss = train.policy_loss
 
@@ -58,7 +59,8 @@ def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype):
         log_ratios.append(log_ratio.abs().max().item())
         return loss, log_ratio
     monkeypatch.setattr(train, "policy_loss", watched)
-    _, minibatches = updated(device="cuda", dtype=dtype, minibatches=2, tokens_per_microbatch=60)
+    _, minibatches = updated(device="cuda", dtype=dtype, minibatches=2, compile=compiled,
+                             tokens_per_microbatch=60)
     first = len(minibatches[0])
     assert first >= 2 and log_ratios[:first] == [0.0] * first and max(log_ratios[first:]) > 0
 

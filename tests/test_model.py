@@ -15,6 +15,8 @@ SHAPES = [  # width, heads, K/V heads, MLP, layers, tied
     (14 * 8, 14, 2, 200, 2, True), (14 * 8, 14, 2, 200, 2, False), (64, 4, 4, 96, 3, False),
     (48, 6, 1, 100, 1, True), (128, 4, 2, 384, 3, True)]
 
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile with")
+
 
 def theirs(width, heads, kv_heads, mlp, layers, tied, vocabulary=97):
     """A transformers Qwen2 with random weights large enough to matter, biases and norms too."""
@@ -98,6 +100,17 @@ def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, 
     for name, p in network.named_parameters():
         difference = (gradients[name] - p.grad).norm() / p.grad.norm()
         assert difference < 1e-5, (name, difference.item())
+
+
+@needs_a_compiler
+def test_compiled_layers_give_the_same_gradient():
+    plain, compiled = (Qwen2.from_pretrained("tiny") for _ in range(2))
+    compiled.compile_layers()
+    batch = flat_batch(*random_batch())
+    for model in (plain, compiled):
+        model.completion_log_probs(batch, 0.7, lambda logp, chunk: logp.square().sum())
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
+        assert (p.grad - q.grad).norm() / p.grad.norm() < 1e-5, name
 
 
 def test_checkpointing_activations_changes_no_gradient(pair):
