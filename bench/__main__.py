@@ -87,13 +87,16 @@ def needed(peers_named):
 
 
 def in_a_fresh_process(args, contender, **more):
-    """Seconds and memory of one contender alone: what its line of JSON says."""
+    """Seconds and memory of one contender alone, as its line of JSON says; None if out of memory.
+    """
     flags = {key: getattr(args, key) for key in (
         "device", "dtype", "threads", "shape", "prompts", "group_size", "new_tokens",
         "prompt_length", "rows", "temperature", "top_p", "compile", "trl_batch",
         "trl_cache")} | more
     done = subprocess.run([sys.executable, "-m", "bench", "alone", contender, json.dumps(flags)],
                           capture_output=True, text=True, cwd=RESULTS.parent.parent)
+    if done.returncode == -9 or "not enough memory" in done.stderr or "OutOfMem" in done.stderr:
+        return None  # it does not fit on this machine
     if done.returncode:
         sys.exit(f"error: {contender} {flags} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -163,8 +166,11 @@ def update(args):
     model, run, prompts, s = fixed_work(args)
     result = ours.sampling(run, prompts, s)
     packed, device = {}, model.device
+    start = [p.detach().clone() for p in model.parameters()]
 
     def one(objective):
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), start)  # the same work for each
         s.objective = objective
         vars(s).update(alpha=0.1, epsilon_low=0.2, epsilon_high=0.2)
         packed[objective] = ours.updating(run, result, s)
@@ -255,14 +261,18 @@ def memory(args):
         runs = {name: [] for name in heads}
         for _ in range(max(args.rounds // 2, 1)):
             for name in heads:
-                runs[name].append(in_a_fresh_process(args, name, n_tokens=n))
+                if None not in runs[name]:
+                    runs[name].append(in_a_fresh_process(args, name, n_tokens=n))
         data[f"head of {n}"] = runs
-        seconds = {name: [r["seconds"] for r in own] for name, own in runs.items()}
+        fitting = {name: own for name, own in runs.items() if None not in own}
+        seconds = {name: [r["seconds"] for r in own] for name, own in fitting.items()}
         above = {name: statistics.median(r["peak_gib"] - r["start_gib"] for r in own)
-                 for name, own in runs.items()}
+                 for name, own in fitting.items()}
+        full = "full_head" in fitting
         rows = [[name, f"{statistics.median(seconds[name]):.2f}",
-                 f"{ratio(seconds[name], seconds['full_head']):.2f}", f"{above[name]:.2f}",
-                 f"{above[name] / above['full_head']:.2f}"] for name in runs]
+                 f"{ratio(seconds[name], seconds['full_head']):.2f}" if full else "",
+                 f"{above[name]:.2f}", f"{above[name] / above['full_head']:.2f}" if full else ""]
+                if name in fitting else [name, "out of memory", "", "", ""] for name in runs]
         text += (f"\n\nHead of 151,936 × 896 with its gradient, {n:,} completion tokens\n\n"
                  + table(["", "seconds", "÷ full logits", "peak GiB above weights",
                           "÷ full logits"], rows))
