@@ -34,7 +34,7 @@ LATEX_LIMIT_S = 0.6  # for one comparison, chosen: with the start of a new proce
 # it stays within a second; MATH-500's slowest needs 0.15. What takes longer counts as wrong.
 EXACT = Context(prec=10 * LONGEST)  # products of numbers of LONGEST digits are not rounded
 FORMAT_BONUS = 0.05  # the authors' value
-SCORERS = ("strict", "flexible", "paper")
+SCORERS = ("strict", "flexible", "paper", "math")
 MODES = ("correct", "paper", "noise")
 
 
@@ -222,7 +222,8 @@ def extract_answer(text, scorer="flexible", finished=True, kind="number"):
 def is_correct(text, gold, scorer="flexible", finished=True):
     """Whether a completion answers with the gold.
 
-    text, finished: as in `extract_answer`; scorer: also "paper", see `_paper_number`.
+    text, finished: as in `extract_answer`; scorer: also "paper", see `_paper_number`, and "math",
+        which finds the answer as for LaTeX, \\boxed{} before the last number, whatever the gold.
     gold: the short answer as text, compared as a number if it is one, else as LaTeX.
     Raises ValueError for an unknown scorer or an empty gold, RuntimeError where math-verify, which
     compares LaTeX, does not start.
@@ -235,11 +236,17 @@ def is_correct(text, gold, scorer="flexible", finished=True):
         answer, right = _paper_number(text), _paper_number("#### " + gold)
         return None not in (answer, right) and abs(answer - right) <= Decimal("1e-6")
     number = _gold_number(gold)
-    if number:
+    if number and scorer != "math":
         answer = _answer_number(text, scorer, finished)
         return answer is not None and _same_number(answer, number)
-    answer = _answer_latex(text, scorer, finished)
-    return answer is not None and _compare_latex(_bare(gold), answer) == "same"
+    latex = _answer_latex(text, scorer, finished)
+    if latex is None:
+        return False
+    if number:  # "18 dollars" is 18, which math-verify does not know
+        answer = _answer_number("#### " + latex, "strict", True)
+        if answer is not None and _same_number(answer, number):
+            return True
+    return _compare_latex(_bare(gold), latex) == "same"
 
 
 def has_format(text, finished=True, gold="0"):

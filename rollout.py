@@ -337,7 +337,9 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     seed, step, prompt_keys: what the draws are keyed by, beside sample and position; the keys are
         one int per prompt (default: its index), so a prompt draws alike in any company.
     max_rows: completions in flight at once; a row that ends gives its place to one that waits.
-    progress: label of a progress bar over tokens, or None; a row that ends early gives up the rest.
+    progress: label of a progress bar over tokens (a row that ends early gives up the rest); or a
+        function of (rows that ended, their tokens, tokens of the others so far), called every few
+        tokens; or None.
     Raises ValueError where a prompt is empty or leaves no room for max_new_tokens, or max_rows does
         not hold one group.
     """
@@ -353,13 +355,18 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
     if group_size > max_rows:
         raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
-    bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
-               unit_scale=True, leave=False, disable=progress is None, delay=2)
+    bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=str(progress), unit="token",
+               unit_scale=True, leave=False, disable=not isinstance(progress, str), delay=2)
+
+    def report(n_ended, tokens_of_ended, tokens_of_others):
+        bar.update(n_ended * max_new_tokens + tokens_of_others - bar.n)
+        if callable(progress):
+            progress(n_ended, tokens_of_ended, tokens_of_others)
     on = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
     with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
                               max_rows)
-        rows = sampler.run(prompts, keys, seed, step, bar)
+        rows = sampler.run(prompts, keys, seed, step, report)
     bar.close()
     return Rollout(list(prompts), [ids for ids, _, _ in rows], [logps for _, logps, _ in rows],
                    [finished for _, _, finished in rows], group_size, time.perf_counter() - began)
@@ -484,7 +491,7 @@ class Sampler:
                 self.step(n_own)
         self.graphs[size].replay()
 
-    def run(self, prompts, keys, seed, step, bar):
+    def run(self, prompts, keys, seed, step, report):
         """All completions of these prompts: (ids, logps, finished) of each row of a Rollout."""
         self.resize(len(self.places))
         self.attention.n_prompts = len(self.attention.mask_PT)
@@ -493,7 +500,7 @@ class Sampler:
         self.free = list(range(len(self.places)))[::-1]
         self.place_of, self.n_left = {}, {}  # prompt -> its place, its rows that have not ended
         self.free_prompts = list(range(self.attention.n_prompts))[::-1]
-        lengths = [0] * len(self.places)
+        self.n_collected, lengths = 0, [0] * len(self.places)
         while self.waiting or self.row_at:
             # several at once: their prompts are computed together
             if self.waiting and len(self.free) * 16 >= len(self.places):
@@ -506,7 +513,7 @@ class Sampler:
             self.collect(done, lengths)
             if self.row_at and not self.waiting:
                 lengths = self.close_ranks(lengths)
-            bar.update(len(done) * self.T + sum(lengths[i] for i in self.row_at) - bar.n)
+            report(len(done), self.n_collected, sum(lengths[i] for i in self.row_at))
         return [done[row] for row in rows]
 
     def admit(self, prompts, keys, seed, step, lengths):
@@ -544,6 +551,7 @@ class Sampler:
         for i, ids, logps, finished in zip(ended, *results):
             p, g = self.row_at.pop(i)
             done[p, g] = ids[:lengths[i]], logps[:lengths[i]], finished
+            self.n_collected += lengths[i]
             self.free.append(i)
             self.n_left[p] -= 1
             if self.n_left[p] == 0:

@@ -179,21 +179,21 @@ def update(args):
     flops = ours.machine(device, model.compute_dtype)[0]
     n_scored = args.prompts * args.group_size * args.new_tokens
     work = 3 * s.epochs * ours.forward_flops(model, packed["pspo"], n_scored)
-    memory = {name: [] for name in names}
-    for _ in tqdm(range(args.rounds), desc="memory", leave=False):
-        for name in names:
-            memory[name].append(in_a_fresh_process(args, "update", objective=name)["peak_gib"])
+    memory = {}
+    for name in names:
+        with ours.LiveBytes() as live:
+            one(name)
+        memory[name] = live.peak
     rows = [[name, f"{s.epochs * packed[name] / statistics.median(seconds[name]):,.0f}",
              f"{ratio(seconds[name], seconds['noclip']):.3f}",
-             f"{statistics.median(memory[name]):.3f}",
-             f"{ratio(memory[name], memory['noclip']):.3f}",
+             f"{memory[name] / 2**20:,.2f}", f"{memory[name] / memory['noclip']:.4f}",
              f"{work / statistics.median(seconds[name]) / flops:.0%}"] for name in names]
     text = (f"Update, {args.shape}: {args.prompts} prompts × {args.group_size} completions × "
             f"{args.new_tokens} tokens, 2 epochs\n\n"
-            + table(["objective", "packed tokens/s", "time ÷ noclip", "peak GiB",
-                     "peak ÷ noclip", f"FLOP/s ÷ {flops / 1e9:,.0f} GFLOP/s measured"], rows))
+            + table(["objective", "packed tokens/s", "time ÷ noclip", "live tensors' peak, MiB",
+                     "÷ noclip", f"FLOP/s ÷ {flops / 1e9:,.0f} GFLOP/s measured"], rows))
     report(f"update-{args.shape}-{device.type}", args, text,
-           {"seconds": seconds, "peak_gib": memory, "matmul_flops": flops})
+           {"seconds": seconds, "live_peak_bytes": memory, "matmul_flops": flops})
 
 
 @command

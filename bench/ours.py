@@ -4,9 +4,12 @@ Shapes with random weights, prompts with the lengths of GSM8K's, rewards that di
 group (real rewards of a random model are all equal, and nothing would train).
 """
 import random
+import weakref
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rollout
 import train
@@ -118,6 +121,33 @@ def updating(run, result, s, separate_old_pass=False):
 
 
 # ------------------------------------------------------------------ work and what could be done
+
+class LiveBytes(TorchDispatchMode):
+    """Counts, while it is on, the bytes of all tensors made and not yet freed; `peak` is the most.
+
+    What a kernel uses inside is not seen. Repeatable to the byte, as the peak of a CPU process,
+    which depends on what its allocator keeps, is not.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (place := x.untyped_storage()._cdata) \
+                    not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(place)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, place, storage.nbytes())
+        return out
+
+    def freed(self, place, n_bytes):
+        self.known.discard(place)
+        self.now -= n_bytes
 
 def timed(function, device):
     """(seconds until the device is done, what the function returned)."""

@@ -1,19 +1,31 @@
-"""evaluate.py: pass@k, the table, and agreement with the test at the end of training."""
+"""evaluate.py: statistics, style, tables, going on after a kill, comparison, others' models."""
 import itertools
 import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evaluate
 from model import Qwen2
-from rewards import load_problems
+from rewards import Problem, build_prompt, load_problems
+
+ROOT = Path(evaluate.__file__).resolve().parent
 
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
+
+# ------------------------------------------------------------------ statistics
 
 def test_pass_at_k_by_hand_and_by_counting():
     # 4 samples, 1 correct, 2 drawn: of the 6 pairs 3 hold it
@@ -27,6 +39,65 @@ def test_pass_at_k_by_hand_and_by_counting():
     with pytest.raises(ValueError, match="expected 0 ≤ c ≤ n"):
         evaluate.pass_at_k(4, 5, 1)
 
+
+def test_wilson_solves_its_equation():
+    # its ends are the p at which c/n lies 1.96 standard errors of that p away
+    for c, n in [(0, 10), (5, 10), (1, 3), (184, 200), (200, 200)]:
+        for p, side in zip(evaluate.wilson(c, n), (1, -1)):
+            error = math.sqrt(p * (1 - p) / n)
+            assert c / n - p == pytest.approx(side * 1.959964 * error, abs=1e-6)
+    assert evaluate.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)  # z² / (n + z²)
+
+
+def test_the_bootstrap_of_zeros_and_ones_has_the_binomials_quantiles():
+    n, p = 100, 0.3
+    low, high = evaluate.bootstrap([1.0] * 30 + [0.0] * 70)
+    cdf = list(itertools.accumulate(math.comb(n, k) * p**k * (1 - p)**(n - k)
+                                    for k in range(n + 1)))
+    expected = [next(k for k, c in enumerate(cdf) if c >= q) / n for q in (0.025, 0.975)]
+    assert (low, high) == pytest.approx(expected, abs=0.0101)
+    assert evaluate.bootstrap([0.5] * 9) == (0.5, 0.5)
+
+
+def test_mcnemar_by_hand():
+    for only, p in {(0, 5): 2 / 32, (5, 0): 2 / 32, (1, 9): 2 * 11 / 1024, (3, 3): 1, (0, 0): 1,
+                    (2, 3): 1}.items():
+        assert evaluate.mcnemar(*only) == p
+
+
+def test_students_t_and_the_intervals_over_seeds():
+    for df, t in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228, 100: 1.984}.items():
+        assert evaluate.t_quantile(df) == pytest.approx(t, abs=2e-3)
+    mean, (low, high) = evaluate.over_seeds([1.0, 2.0, 3.0])  # s = 1
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
+    difference, (low, high) = evaluate.welch([1.0, 2.0, 3.0], [3.0, 4.0, 5.0])  # s² 1 each: df 4
+    assert (difference, low, high) == pytest.approx(
+        (2, 2 - 2.776 * (2 / 3)**0.5, 2 + 2.776 * (2 / 3)**0.5), abs=2e-3)
+
+
+def answers_of(outcomes):
+    return [{"problem": str(i), "sample": 0, "flexible": bool(x), "strict": bool(x)}
+            for i, x in enumerate(outcomes)]
+
+
+def test_simulated_pairs_are_called_different_as_often_as_an_interval_promises():
+    # A solves 55 of 100; B draws its luck anew in half of the problems, else has A's
+    generator = torch.Generator().manual_seed(1)
+    called = {}
+    for p_b, keep in ((0.55, 0.5), (0.65, 0.6)):
+        called[p_b], correlation = 0, []
+        for _ in range(200):
+            luck = torch.rand(2, 500, generator=generator)
+            kept = torch.rand(500, generator=generator) < keep
+            a, b = luck[0] < 0.55, torch.where(kept, luck[0], luck[1]) < p_b
+            correlation.append(torch.corrcoef(torch.stack([a, b]).float())[0, 1].item())
+            result = evaluate.compare([answers_of(a)], [answers_of(b)], "flexible")
+            called[p_b] += result["verdict"] != "no difference shown"
+        assert sum(correlation) / 200 == pytest.approx(0.5, abs=0.03)
+    assert 4 <= called[0.55] <= 17 and called[0.65] > 190, called
+
+
+# ------------------------------------------------------------------ summaries and comparison
 
 def row(problem, flexible, **others):
     return {"problem": problem, "strict": False, "flexible": flexible, "format": True,
@@ -43,24 +114,208 @@ def test_the_summary_by_hand():
                      "pass@2": 0.5}
 
 
+def test_the_majority_is_the_most_frequent_answer_the_first_of_equals():
+    def votes(*answers):
+        return [row("a", a == "5", answer=a) for a in answers]
+    assert evaluate.majority(votes("5", "7", "5", "7", "5")) and evaluate.majority(votes("5", "7"))
+    assert not evaluate.majority(votes("7", "5"))
+    assert not evaluate.majority(votes("5", "7", "7")) and not evaluate.majority(votes(None, None))
+    assert evaluate.majority(votes(None, None, "5"))  # no answer is no vote
+
+
+def test_a_comparison_by_hand():
+    a = answers_of([1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    b = answers_of([1, 1, 0, 1, 1, 1, 1, 1, 1, 0])  # solves six more
+    found = evaluate.compare([a], [b], "flexible")
+    assert (found["a"], found["b"]) == (0.2, 0.8) and found["p"] == 2 / 64
+    assert found["difference"] == pytest.approx(0.6) and found["verdict"] == "B higher"
+    back = evaluate.compare([b], [a], "flexible")
+    assert back["verdict"] == "B lower" and back["interval"][1] == -found["interval"][0]
+    assert evaluate.compare([a], [a], "flexible")["verdict"] == "no difference shown"
+    with pytest.raises(ValueError):  # other problems
+        evaluate.compare([a], [b[:9]], "flexible")
+
+
+def test_runs_with_several_seeds_count_once_each():
+    a, b = ([answers_of([1] * n + [0] * (10 - n)) for n in counts]
+            for counts in ((1, 2, 3), (3, 4, 5)))
+    found = evaluate.compare(a, b, "flexible")
+    assert found["interval"] == evaluate.welch([0.1, 0.2, 0.3], [0.3, 0.4, 0.5])[1]
+    assert found["p"] is None
+    names = ["runs/tiny-pspo-s0/best", "runs/tiny-pspo-s12/best", "runs/tiny-clip-s0/best",
+             "Qwen/Qwen2.5-0.5B", "runs/a-seed3"]
+    assert [evaluate.setting_of(name) for name in names] == [
+        "runs/tiny-pspo-s*/best", "runs/tiny-pspo-s*/best", "runs/tiny-clip-s*/best",
+        "Qwen/Qwen2.5-0.5B", "runs/a-seed*"]
+    summaries = [{"model": f"r-s{i}", "data": "d", "temperature": 0.0, "strict": x, "flexible": x}
+                 for i, x in enumerate([0.5, 0.7])] + [
+        {"model": "other", "data": "d", "temperature": 0.0, "strict": 1.0, "flexible": 1.0}]
+    (group,) = evaluate.seed_summaries(summaries)
+    assert group["model"] == "r-s*" and group["runs"] == 2 and group["flexible"] == 0.6
+    assert group["flexible_interval"] == evaluate.over_seeds([0.5, 0.7])[1]
+
+
+# ------------------------------------------------------------------ style
+
+class Characters:
+    def encode(self, text, add_special_tokens=True):
+        return list(text)
+
+
+def style(text):
+    return evaluate.style(text, Characters())
+
+
+@pytest.mark.parametrize("text, true, all_of_them", [
+    ("3*4=12\n12+5=17\n#### 17", 2, 2), ("3 * 4 = 13", 0, 1), ("5 - 7 = -2", 1, 1),
+    ("1,200 / 4 = $300.", 1, 1), ("10 / 3 = 3.33", 1, 1), ("10/3 = 3.3333", 1, 1),
+    ("10 / 3 = 3.34", 0, 1), ("7 / 0 = 0", 0, 1), ("2 x 3 = 6 × 1", 0, 0),
+    ("2 + 3 * 4 = 14", 0, 0),  # 3 * 4 = 14 is not what is said
+    ("3 * 4 = 10 + 2", 0, 0), ("- 3 * 4 = 12", 1, 1), ("<<3*4=12>>12", 1, 1), ("x = 4", 0, 0),
+    ("0.1 + 0.2 = 0.3", 1, 1), ("1−2=−1", 0, 0), ("(1+2)*3=9", 0, 0), ("3*4=12=12", 1, 1)])
+def test_statements_of_arithmetic(text, true, all_of_them):
+    found = style(text)
+    assert (found["true_statements"], found["statements"]) == (true, all_of_them)
+
+
+@pytest.mark.parametrize("text, leaks", [
+    ("3*4=12\n#### 12", False), ("solve the problem step by step, and show it", True),
+    ("Solve the problem step by hand", False), ("#### 12\nuser\nMia has 3", True),
+    ("#### 12<|user|>", True), ("#### 12\nHow many are left?", True), ("Question: how", True),
+    ("How many? 3*4", False), ("The question: none", False)])
+def test_leakage(text, leaks):
+    assert style(text)["leakage"] is leaks
+
+
+def test_the_other_measures_of_style_by_hand():
+    assert style("a b c d a b c d")["repeated"] == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
+    assert style("a b c")["repeated"] == 0 and style("")["non_ascii"] == 0
+    assert style("ab éè 12 ±")["non_ascii"] == 0.5
+    assert style("1\n#### 2\nmore")["tokens_after"] == 4 and style("#### 2")["tokens_after"] == 0
+
+
+@pytest.mark.parametrize("text", ["1+" * 10**5, "1,111," * 10**5, "user\n" * 10**5, "<|a" * 10**5,
+                                  "1 = " * 10**5, "9" * 10**6])
+def test_style_is_quick_on_hostile_text(text):
+    began = time.perf_counter()
+    style(text)
+    assert time.perf_counter() - began < 2
+
+
+# ------------------------------------------------------------------ whole evaluations
+
+SMALL = ["--data", "tiny", "--device", "cpu", "--limit", "6"]
+
+
+def table_of(path):
+    return Path(path, "results.md").read_text()
+
+
 def test_one_table_for_two_models_and_everything_is_written(capsys):
     Qwen2.from_pretrained("tiny").save_pretrained("copy")
-    evaluate.main(["tiny", "copy", "--data", "tiny", "--temperature", "0", "0.8", "--samples", "4",
-                   "--limit", "6", "--out", "out"])
-    results = json.loads(Path("out/results.json").read_text())["results"]
+    evaluate.main(["tiny", "copy", *SMALL, "--temperature", "0", "0.8", "--samples", "4"])
+    written = json.loads(Path("evaluations/results.json").read_text())
+    results = written["results"]
     assert [(r["model"], r["temperature"], r["samples"]) for r in results] == [
         ("tiny", 0.0, 1), ("tiny", 0.8, 4), ("copy", 0.0, 1), ("copy", 0.8, 4)]
     numbers = [{k: v for k, v in r.items() if k != "model"} for r in results]
     assert numbers[:2] == numbers[2:]  # the same weights give the same answers
     assert results[1]["pass@1"] == pytest.approx(results[1]["flexible"])
-    completions = Path("out/completions.jsonl").read_text().splitlines()
-    assert len(completions) == 2 * (6 + 24)
-    table = Path("out/results.md").read_text()
-    assert table in capsys.readouterr().out + "\n"
-    assert table.splitlines()[0].split() == ("| model | data | n | T | samples | strict | flexible "
-                                             "| format | cut | tokens | pass@1 | pass@2 | pass@4 |"
-                                             ).split()
-    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
+    low, high = results[0]["flexible_interval"]
+    assert low <= results[0]["flexible"] <= high
+    files = sorted(Path("evaluations/answers").glob("*.jsonl"))
+    assert sum(len(file.read_text().splitlines()) for file in files) == 4 + 2 * (6 + 24)
+    text = table_of("evaluations")
+    assert text in capsys.readouterr().out
+    first = text.splitlines()[2]
+    assert first.split()[1::2] == ["model", "data", "T", "n", "samples", "strict", "flexible",
+                                   "paper", "format", "cut", "tokens", "majority", "pass@1",
+                                   "pass@2", "pass@4"]
+    assert len({len(line) for line in text.splitlines()[2:8]}) == 1  # aligned
+    assert Path("evaluations/accuracy.png").stat().st_size > 5000
+
+
+def test_what_is_finished_is_not_repeated_and_what_changed_is(monkeypatch):
+    Qwen2.from_pretrained("tiny").save_pretrained("copy")
+    evaluate.main(["copy", *SMALL])
+    first, calls = table_of("evaluations"), []
+    answer = evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *a, **k: calls.append(a) or answer(*a, **k))
+    evaluate.main(["copy", *SMALL])
+    assert not calls and table_of("evaluations") == first
+    evaluate.main(["copy", "tiny", *SMALL])  # another model beside it
+    assert len(calls) == 1
+    model = Qwen2.from_pretrained("copy")
+    with torch.no_grad():
+        model.model["norm"].weight.mul_(0.5)
+    model.save_pretrained("copy")  # other weights under the same name
+    evaluate.main(["copy", *SMALL])
+    assert len(calls) == 2
+    evaluate.main(["copy", *SMALL, "--max-new-tokens", "9"])
+    assert len(calls) == 3
+
+
+def test_a_file_of_answers_cut_anywhere_gives_its_whole_chunks():
+    about, rows = {"settings": 1}, [{"problem": i} for i in range(7)]
+    lines = [json.dumps(line).encode() + b"\n" for line in [about, *rows]]
+    ends = [len(b"".join(lines[:n + 1])) for n in range(8)]
+    path = Path("answers.jsonl")
+    for cut in range(ends[-1] + 1):
+        path.write_bytes(b"".join(lines)[:cut])
+        n_lines = sum(end <= cut for end in ends) - 1  # whole rows
+        n = 7 if n_lines == 7 else max(n_lines, 0) // 3 * 3  # chunks of three
+        assert evaluate.read_answers(path, about, 7, 3) == (rows[:n], ends[n] if n else 0)
+    with pytest.raises(ValueError, match="under other settings"):
+        evaluate.read_answers(path, {"settings": 2}, 7, 3)
+    path.write_bytes(b"".join(lines[:5]) + b"gar\xffbage\n" + b"".join(lines[6:]))
+    assert evaluate.read_answers(path, about, 7, 3) == (rows[:3], ends[3])
+    assert evaluate.read_answers(Path("none"), about, 7, 3) == ([], 0)
+
+
+def test_killed_at_ten_moments_it_ends_with_the_same_table():
+    command = [sys.executable, str(ROOT / "evaluate.py"), "tiny", "--data", "tiny", "--limit", "60",
+               "--temperature", "0.7", "1", "--samples", "4", "--rollout-rows", "4", "--out"]
+    whole = subprocess.run([*command, "whole"], capture_output=True, text=True, timeout=100)
+    assert whole.returncode == 0, whole.stderr
+    size = sum(p.stat().st_size for p in Path("whole/answers").iterdir())
+    moments = sorted(random.Random(0).uniform(0, size) for _ in range(10))
+    kills = 0
+    for moment in moments:
+        process = subprocess.Popen([*command, "cut"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if sum(p.stat().st_size for p in Path("cut").glob("answers/*")) >= moment:
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.003)
+    assert kills >= 8  # the last ones may come after its end
+    last = subprocess.run([*command, "cut"], capture_output=True, text=True, timeout=100)
+    assert last.returncode == 0, last.stderr
+    assert table_of("cut") == table_of("whole")
+    for path in Path("whole/answers").iterdir():
+        assert Path("cut/answers", path.name).read_bytes() == path.read_bytes()
+
+
+def test_compare_says_what_is_shown_and_what_is_not(capsys):
+    model = Qwen2.from_pretrained("tiny")
+    model.save_pretrained("same")
+    with torch.no_grad():
+        model.model["norm"].weight.mul_(0.02)  # next to random letters
+    model.save_pretrained("broken")
+    evaluate.main(["--compare", "tiny", "same", *SMALL])
+    assert "tiny, T 0: no difference shown: flexible" in capsys.readouterr().out
+    flags = ["--data", "tiny", "--limit", "60", "--temperature", "1"]
+    evaluate.main(["--compare", "tiny", "broken", *flags])
+    assert "tiny, T 1: B lower: flexible" in capsys.readouterr().out
+    comparison = json.loads(Path("evaluations/results.json").read_text())["comparison"]
+    assert {"flexible", "format", "tokens", "leakage"} <= {c["measure"] for c in comparison}
+    for name in ("same-s0", "same-s1", "broken-s0", "broken-s1"):
+        Path(name).symlink_to(name[:-3])
+    evaluate.main(["--compare", "same-s*", "broken-s*", *flags])
+    shown = capsys.readouterr().out
+    assert "Over seeds, each run one value" in shown and "| same-s* " in shown
+    with pytest.raises(SystemExit, match="A is 1 run.s. and B 2; give one run each or several"):
+        evaluate.main(["--compare", "tiny", "same-s*", *flags])
 
 
 def test_batches_change_no_answer():
@@ -71,17 +326,55 @@ def test_batches_change_no_answer():
         assert rows[0] == rows[1]
 
 
+def test_a_folder_that_transformers_saved_answers_as_transformers_generate():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    network = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model")
+    for name, p in network.named_parameters():  # trained elsewhere
+        if "mlp" in name:
+            p.data *= 1.1
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    network.save_pretrained("theirs")
+    tokenizer.save_pretrained("theirs")
+    evaluate.main(["theirs", *SMALL, "--limit", "20", "--max-new-tokens", "60"])
+    (path,) = Path("evaluations/answers").iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert len({row["text"] for row in rows}) > 5
+    for problem, row in zip(load_problems("tiny"), rows):
+        ids = torch.tensor([build_prompt(tokenizer, problem)])
+        out = network.generate(ids, do_sample=False, max_new_tokens=60, pad_token_id=0)
+        theirs = out[0, ids.shape[1]:].tolist()
+        assert row["text"] == tokenizer.decode(theirs, skip_special_tokens=True)
+        assert row["n_tokens"] == len(theirs)
+
+
+def test_math_answers_get_the_math_score():
+    problems = [Problem("m/0", "?", r"\frac{14}{3}", "latex"), Problem("m/1", "?", "18", "number")]
+    texts = [r"so \boxed{\dfrac{14}{3}}", r"\boxed{18} in step 2"]
+    rollout = SimpleNamespace(completions=texts, finished=[True] * 2, group_size=1)
+    tokenizer = SimpleNamespace(decode=lambda text, **_: text, encode=Characters().encode)
+    rows = evaluate.measure(evaluate.grade(rollout, problems, tokenizer), problems, 1, tokenizer)
+    assert [row["math"] for row in rows] == [True, True]
+    assert [row["flexible"] for row in rows] == [True, False]  # the last number is 2
+    assert evaluate.main_score(rows) == "math"
+
+
 def test_what_leaves_no_room_or_exists_is_refused(capsys):
     with pytest.raises(SystemExit, match="longest prompt has .* tokens; the model's context"):
         Path("long.jsonl").write_text(json.dumps({"question": "x" * 300, "answer": "1"}))
         evaluate.main(["tiny", "--data", "long.jsonl", "--out", "a"])
     Path("exists").mkdir()
-    for flags, message in ((["--out", "exists"], "exists; name a new folder"),
-                           (["--temperature", "-1"], "--temperature is -1.0; expected 0"),
-                           (["--samples", "0"], "expect 1 or more"),
-                           (["--sample", "3"], "unrecognized arguments")):
+    Path("exists", "thesis.tex").touch()
+    for flags, message in ((["tiny", "--out", "exists"], "exists and holds no evaluation"),
+                           (["tiny", "--temperature", "-1"], "--temperature is -1.0; expected 0"),
+                           (["tiny", "--samples", "0"], "--samples is 0; expected 1 or more"),
+                           (["tiny", "--sample", "3"], "unrecognized arguments"),
+                           (["tiny", "--judge", "http://127.0.0.1:9/v1"],
+                            "name the model there with --judge-name"),
+                           ([], "name one or more models")):
         with pytest.raises(SystemExit):
-            evaluate.main(["tiny", "--data", "tiny", *flags])
+            evaluate.main([*flags, "--data", "tiny"])
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="neither a model folder here nor"):
-        evaluate.main(["no/such/model", "--data", "tiny", "--out", "b"])
+    for name, message in (("no/such/model", "neither a model folder here nor"),
+                          ("runs/none-s*", "no folder matches this pattern")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main([name, "--data", "tiny", "--out", "b"])
