@@ -3,15 +3,19 @@
 What it does    samples answers with rollout.py, grades them with rewards.py, and writes tables and
                 a figure: results.md, results.json, accuracy.png. Answers go to disk as they come:
                 an interrupted evaluation goes on where it stopped, a finished one is not repeated.
-What it leaves  sampling to rollout.py, what is correct to rewards.py, opinions to judge.py.
+What it leaves  sampling to rollout.py, what is correct to rewards.py, opinions to judge.py,
+                statistics to intervals.py.
 Run it alone    python evaluate.py tiny runs/tiny-pspo-s0/best --data tiny
 Where to fork   a measure of style is a line in `style` and one in STYLE; a scorer, one in SCORES.
+                Answers on disk are graded anew each time, so neither costs any sampling.
+
+A *cell* is one model on one set at one temperature; its *rows* are one dict for each answer.
 """
 import argparse
 import glob
 import hashlib
 import json
-import math
+import operator
 import os
 import re
 import statistics
@@ -20,117 +24,144 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 import torch
 from tqdm import tqdm
 
 import judge
-from model import DTYPES, Qwen2, checked_config, model_folder, read_json
-from rewards import INSTRUCTION, build_prompt, extract_answer, has_format, is_correct, load_problems
+import rewards
+from intervals import (
+    bootstrap,
+    interval_of,
+    over_seeds,
+    pass_at_k,
+    sign_flips,
+    verdict,
+    welch,
+)
+from model import DTYPES, Qwen2, checked_config, fingerprint, model_folder, read_json
+from rewards import build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
-SCORES = ("strict", "flexible", "paper", "math")  # math: sets with LaTeX answers only
+SCORES = {"strict": ".1%", "flexible": ".1%", "paper": ".1%",
+          "math": ".1%"}  # math: of sets with LaTeX answers
 STYLE = {  # measure of one answer: (heading, format); README defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
     "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}
 JUDGED = {f"judge_{aspect}": (f"judge: {aspect}", ".2f") for aspect in judge.ASPECTS}
 CHUNK = 4  # chosen: answers are kept in chunks of 4 × the rows in flight; a kill costs one chunk
-ANSWERS_VERSION = 1  # raise when grading or style changes, so that no old answer is taken for new
 
 
-# ------------------------------------------------------------------ answers
+# ------------------------------------------------------------------ answers and their grades
+
+def rows_of(rollout, problems, tokenizer):
+    """The answers of a rollout, problems[p] being prompt p: dicts with problem (id), sample, text,
+    n_tokens and finished."""
+    G = rollout.group_size
+    return [{"problem": problems[b // G].id, "sample": b % G,
+             "text": tokenizer.decode(ids, skip_special_tokens=True),
+             "n_tokens": len(ids), "finished": rollout.finished[b]}
+            for b, ids in enumerate(rollout.completions)]
+
 
 def grade(rollout, problems, tokenizer, progress=None):
-    """Grade every completion of a rollout, problems[p] being prompt p: a list of dicts, one a row.
-
-    Rows hold problem (id), sample, text, gold, n_tokens, finished and the bools strict, flexible
-    and format.
-    """
-    rows, G = [], rollout.group_size
-    for b, ids in enumerate(tqdm(rollout.completions, desc=progress, unit="answer", leave=False,
-                                 delay=2, disable=progress is None)):
-        problem, finished = problems[b // G], rollout.finished[b]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rows.append({"problem": problem.id, "sample": b % G, "text": text,
-                     "gold": problem.gold, "n_tokens": len(ids), "finished": finished,
-                     "strict": is_correct(text, problem.gold, "strict", finished),
-                     "flexible": is_correct(text, problem.gold, "flexible", finished),
-                     "format": has_format(text, finished, problem.gold)})
+    """`rows_of`, each with its gold and graded: the bools strict, flexible and format."""
+    rows = rows_of(rollout, problems, tokenizer)
+    for b, row in enumerate(tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
+                                 disable=progress is None)):
+        gold, finished = problems[b // rollout.group_size].gold, row["finished"]
+        row |= {"gold": gold, "strict": is_correct(row["text"], gold, "strict", finished),
+                "flexible": is_correct(row["text"], gold, "flexible", finished),
+                "format": has_format(row["text"], finished, gold)}
     return rows
 
 
-def answer(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512, seed=0,
-           step=0, max_rows=256, prompt_keys=None, progress="evaluate"):
-    """Answer every problem `samples` times and grade each answer: rows as `grade` makes them.
+def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512,
+                   seed=0, step=0, max_rows=256, prompt_keys=None, progress="evaluate"):
+    """A Rollout with `samples` answers to every problem.
 
     Draws depend on (seed, step, problem index or its key, sample, position) alone. progress: as
     in `generate`.
     """
     prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
-    rollout = generate(model, prompts, samples,
-                       room_for(model, prompts, max_new_tokens), temperature, top_p, seed, step,
-                       prompt_keys, max_rows=max(max_rows, samples), progress=progress)
-    return grade(rollout, problems, model.tokenizer, "grading" if progress else None)
+    return generate(model, prompts, samples, room_for(model, prompts, max_new_tokens), temperature,
+                    top_p, seed, step, prompt_keys, max_rows=max(max_rows, samples),
+                    progress=progress)
 
 
-def measure(rows, problems, samples, tokenizer):
-    """Add to rows of `grade` what only an evaluation wants: answer, more scores, style."""
+def answer(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512, seed=0,
+           step=0, max_rows=256, progress="evaluate"):
+    """Answer every problem `samples` times and grade each answer: rows as `grade` makes them."""
+    rollout = sample_answers(model, problems, samples, temperature, top_p, max_new_tokens, seed,
+                             step, max_rows, None, progress)
+    return grade(rollout, problems, model.tokenizer, progress and "grading")
+
+
+def measure(rows, problems):
+    """Rows of a cell with all that is said about an answer: every score, the answer, its style."""
+    by_id = {problem.id: problem for problem in problems}
     latex = any(problem.kind == "latex" for problem in problems)
-    for b, row in enumerate(rows):
-        text, gold, finished = row["text"], row["gold"], row["finished"]
-        row["answer"] = extract_answer(text, "flexible", finished, problems[b // samples].kind)
-        row["paper"] = is_correct(text, gold, "paper", finished)
-        if latex:
-            row["math"] = is_correct(text, gold, "math", finished)
-        row |= style(text, tokenizer)
+    for row in tqdm(rows, desc="grading", unit="answer", leave=False, delay=2):
+        problem, text, finished = by_id[row["problem"]], row["text"], row["finished"]
+        row |= {key: is_correct(text, problem.gold, key, finished)
+                for key in SCORES if key != "math" or latex}
+        row |= {"gold": problem.gold, "format": has_format(text, finished, problem.gold),
+                "answer": extract_answer(text, "flexible", finished, problem.kind), **style(text)}
     return rows
 
 
 ROLE = re.compile(r"<\|\w+\|>|^(?:system|user|human|assistant|q|question|problem)[ \t]*(?::|$)",
                   re.M | re.I)
 OPERAND = r"[$€£]?(-?\d{1,15}(?:,\d{3})*(?:\.\d{1,10})?)"
-STATEMENT = re.compile(rf"(?<![\d.,)]){OPERAND} *([-+*/×x÷−·]) *{OPERAND} *= *{OPERAND}"
+STATEMENT = re.compile(rf"(?<![\d.,)^]){OPERAND} *([-+*/×x÷−·]) *{OPERAND} *= *{OPERAND}"
                        r"(?![\d,.]*\d)")
-COMPUTE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "−": lambda a, b: a - b,
-           "*": lambda a, b: a * b, "×": lambda a, b: a * b, "x": lambda a, b: a * b,
-           "·": lambda a, b: a * b, "/": lambda a, b: a / b, "÷": lambda a, b: a / b}
+PLAIN_SIGN = str.maketrans("−×x·÷", "-***/")
+COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
-def style(text, tokenizer):
-    """Measures of one answer's style; those of STYLE but for n_tokens.
+def style(text):
+    """Measures of one answer's style; those of STYLE without tokens.
 
     leakage: it repeats six words of the instruction in a row, has a role marker or a heading of a
-        new question, or asks something after its answer line. tokens_after: tokens behind the first
-        `####` line. repeated: share of word 4-grams that occurred before. non_ascii: share of
-        letters. statements, true_statements: how many `a op b = c`, and how many of them hold.
+        new question, or asks something after its answer line. repeated: share of word 4-grams that
+        occurred before. non_ascii: share of letters. statements, true_statements: how many
+        `a op b = c`, and how many of them hold.
     """
-    _, _, behind = text.partition("####")[2].partition("\n")
-    words = text.split()
+    words, letters = text.split(), [c for c in text if c.isalpha()]
     grams = list(zip(*(words[i:] for i in range(4))))
-    letters = [c for c in text if c.isalpha()]
-    told, said = (re.findall(r"\w+", t.lower()) for t in (INSTRUCTION, text))
-    sixes = [set(zip(*(w[i:] for i in range(6)))) for w in (told, said)]
+    instruction, own = (set(zip(*(w[i:] for i in range(6)))) for w in (
+        re.findall(r"\w+", t.lower()) for t in (rewards.INSTRUCTION, text)))
     verdicts = [holds(match) for match in STATEMENT.finditer(text) if stands_alone(match)]
-    return {"leakage": bool(sixes[0] & sixes[1] or ROLE.search(text) or "?" in behind),
-            "tokens_after": len(tokenizer.encode(behind, add_special_tokens=False)),
+    return {"leakage": bool(instruction & own or ROLE.search(text) or "?" in after_answer(text)),
             "repeated": 1 - len(set(grams)) / len(grams) if grams else 0.0,
             "non_ascii": sum(not c.isascii() for c in letters) / max(len(letters), 1),
             "statements": len(verdicts), "true_statements": sum(verdicts)}
 
 
+def after_answer(text):
+    """What follows the first `####` line."""
+    return text.partition("####")[2].partition("\n")[2]
+
+
 def stands_alone(match):
     """Whether `a op b = c` is no part of a longer term: not 2 + [3 * 4 = 12], [3 * 4 = 12] + 2."""
     before, after = match.string[:match.start()][-20:], match.string[match.end():][:20]
-    return not (re.search(r"[\d)%] *[-+*/×x÷−·] *[$€£]?$", before)
+    return not (re.search(r"[\w)%] *[-+*/×x÷−·] *[$€£]?$", before)
                 or re.match(r" *[-+*/×x÷−·] *[$€£(]?\d", after))
 
 
 def holds(match):
     """Whether a statement is true, c rounded to the digits it has."""
     a, b, c = (Decimal(match[i].replace(",", "")) for i in (1, 3, 4))
-    if match[2] in "/÷" and not b:
+    sign = match[2].translate(PLAIN_SIGN)
+    if sign == "/" and not b:
         return False
-    return abs(COMPUTE[match[2]](a, b) - c) <= Decimal(10) ** c.as_tuple().exponent / 2
+    return abs(COMPUTE[sign](a, b) - c) <= Decimal(10) ** c.as_tuple().exponent / 2
 
 
 # ------------------------------------------------------------------ answers on disk
@@ -139,32 +170,33 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def fingerprint(folder):
-    """A hash of all files of a model folder that decide its answers."""
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
-            total.update(path.name.encode())
-            with open(path, "rb") as file:
-                while block := file.read(2**24):
-                    total.update(block)
-    return total.hexdigest()
+def read_answers(path, settings, expected, chunk):
+    """(rows, bytes they take) of a file of answers: all of them, or those of its whole chunks.
 
-
-def read_answers(path, about, n_rows, n_chunk):
-    """(rows, bytes they take) of a file of answers: all n_rows, or those of its whole chunks."""
+    expected: (problem id, sample) of every row; chunk: rows that were written at once.
+    """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines[:len(expected) + 1]):
         try:
             row = json.loads(line)
-        except ValueError:  # damaged; what follows is answered again
+            if i == 0 and row != settings:
+                raise OSError(f"{path} holds answers under other settings; move it away")
+            if i and (row["problem"], row["sample"]) != expected[i - 1]:
+                break
+        except (ValueError, LookupError, TypeError):  # damaged; the rest is answered again
             break
-        if i == 0 and row != about:
-            raise ValueError(f"{path} holds answers under other settings; move it away")
         rows.append(row)
-    n = len(rows) - 1 if len(rows) > n_rows else (len(rows) - 1) // n_chunk * n_chunk
-    return rows[1:n + 1], sum(len(line) + 1 for line in lines[:n + 1]) if n > 0 else 0
+    n = max(len(rows) - 1, 0)
+    n = n if n == len(expected) else n // chunk * chunk
+    return rows[1:n + 1], sum(len(line) + 1 for line in lines[:n + 1]) if n else 0
+
+
+def write_whole(path, text):
+    """Write a file at once or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 class Progress:
@@ -172,94 +204,21 @@ class Progress:
 
     def __init__(self, total):
         self.bar = tqdm(total=total, unit="answer", smoothing=0.05, dynamic_ncols=True)
-        self.rows, self.tokens, self.seconds = 0, 0, 0.0  # of rollouts that have ended
+        self.answers, self.tokens, self.seconds = 0, 0, 0.0  # of the rollouts that have ended
 
-    def rollout(self, label):
+    def start(self, label):
         self.bar.set_description(label)
         self.began = time.perf_counter()
         return self
 
     def __call__(self, n_ended, tokens_ended, tokens_others):
-        self.bar.update(self.rows + n_ended - self.bar.n)
+        self.bar.update(self.answers + n_ended - self.bar.n)
         self.now = (self.tokens + tokens_ended + tokens_others,
                     self.seconds + time.perf_counter() - self.began)
         self.bar.set_postfix_str(f"{self.now[0] / self.now[1]:,.0f} tokens/s", refresh=False)
 
-    def done(self):
-        """The rollout has ended: from here its answers are graded."""
-        self.rows, (self.tokens, self.seconds) = self.bar.n, self.now
-
-
-# ------------------------------------------------------------------ statistics
-
-Z = statistics.NormalDist().inv_cdf(0.975)
-
-
-def pass_at_k(n, c, k):
-    """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c, k)/C(n, k).
-
-    Unbiased (arXiv:2107.03374, Eq. 1). Needs 0 ≤ c ≤ n and 1 ≤ k ≤ n.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"n {n}, c {c}, k {k}: expected 0 ≤ c ≤ n and 1 ≤ k ≤ n")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def wilson(c, n):
-    """95 % interval of a share of which c of n were seen (Wilson 1927)."""
-    centre, spread = c + Z**2 / 2, Z * math.sqrt(c * (n - c) / n + Z**2 / 4)
-    return max((centre - spread) / (n + Z**2), 0.0), min((centre + spread) / (n + Z**2), 1.0)
-
-
-def bootstrap(values, n_resamples=4000):
-    """95 % percentile interval of the mean of independent values, one a problem; always the same
-    resamples for the same number of values."""
-    x = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    means = torch.cat([x[torch.randint(len(x), (200, len(x)), generator=generator)].mean(1)
-                       for _ in range(n_resamples // 200)]).sort().values
-    return tuple(means[round(q * (len(means) - 1))].item() for q in (0.025, 0.975))
-
-
-def interval_of(values):
-    """95 % interval of a mean over problems: Wilson's where each is 0 or 1, else the bootstrap's.
-    """
-    if set(values) <= {0, 1}:
-        return wilson(sum(values), len(values))
-    return bootstrap(values)
-
-
-def t_quantile(df):
-    """The 97.5 % point of Student's t, df > 0. With t = √df·tan θ its density is cos^(df−1) θ."""
-    theta = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(theta.cos() ** (df - 1), theta)
-    i = torch.searchsorted(mass, 0.95 * mass[-1].item()).item()
-    return math.sqrt(df) * math.tan(theta[i + 1].item())
-
-
-def over_seeds(values):
-    """(mean, 95 % interval) of independent runs: Student's t; two or more values."""
-    mean, n = statistics.mean(values), len(values)
-    half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return mean, (mean - half, mean + half)
-
-
-def welch(a, b):
-    """(mean(b) − mean(a), 95 % interval) of two lists of runs with spreads of their own."""
-    va, vb = (statistics.variance(x) / len(x) for x in (a, b))
-    difference = statistics.mean(b) - statistics.mean(a)
-    if va + vb == 0:
-        return difference, (difference, difference)
-    df = (va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = t_quantile(df) * math.sqrt(va + vb)
-    return difference, (difference - half, difference + half)
-
-
-def mcnemar(only_a, only_b):
-    """Exact two-sided p of McNemar's test: of the problems that one alone solved, are as many A's
-    as B's? Twice the binomial tail at one half."""
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    def end(self):
+        self.answers, (self.tokens, self.seconds) = self.bar.n, self.now
 
 
 # ------------------------------------------------------------------ summaries
@@ -307,17 +266,14 @@ def summarise(rows, samples):
 
 
 def full_summary(rows, samples):
-    """`summarise`, with intervals over problems, the other scores and the style."""
+    """`summarise`, and every score, measure of style and mark as a mean over problems with its
+    interval; not those without values, as arithmetic without statements."""
     summary = summarise(rows, samples)
-    for key in SCORES:
-        if key in rows[0]:
-            values = by_problem(rows, key)
-            summary[key], summary[f"{key}_interval"] = statistics.mean(values), interval_of(values)
-    for key in (*STYLE, *JUDGED):
+    summary["judged"] = sum(next(iter(JUDGED)) in row for row in rows)
+    for key in (*SCORES, "format", *STYLE, *JUDGED):
         values = [v for v in by_problem(rows, key) if v is not None]
-        summary[key] = statistics.mean(values) if values else None
-        if key in JUDGED and values:
-            summary["judged"], summary[f"{key}_interval"] = len(values), bootstrap(values)
+        if values:
+            summary[key], summary[f"{key}_interval"] = statistics.fmean(values), interval_of(values)
     return summary
 
 
@@ -351,11 +307,11 @@ def main_score(rows):
 
 
 def compare(a_runs, b_runs, key):
-    """B − A of one measure: means of both, difference, 95 % interval, McNemar's p or None.
+    """B − A of one measure: dict with a, b, difference, interval, p, verdict; None without values.
 
     a_runs, b_runs: lists of runs (their rows) on the same problems. One run each: paired by
-    problem, bootstrap over problems. Several each: over runs (Welch), each run one value. None
-    where the measure has no value, as arithmetic without statements.
+    problem (those where both have a value), bootstrap and `sign_flips`. Several each: Welch over
+    runs, each one value, no p; None as interval where no run differs from its siblings.
     """
     a, b = ([by_problem(rows, key) for rows in runs] for runs in (a_runs, b_runs))
     p = None
@@ -363,49 +319,41 @@ def compare(a_runs, b_runs, key):
         pairs = [(x, y) for x, y in zip(a[0], b[0], strict=True) if None not in (x, y)]
         if not pairs:
             return None
-        mean_a, mean_b = (statistics.mean(side) for side in zip(*pairs))
-        difference, interval = mean_b - mean_a, bootstrap([y - x for x, y in pairs])
-        if key in SCORES and {v for pair in pairs for v in pair} <= {0, 1}:
-            p = mcnemar(sum(x > y for x, y in pairs), sum(y > x for x, y in pairs))
+        mean_a, mean_b = (statistics.fmean(side) for side in zip(*pairs))
+        differences = [y - x for x, y in pairs]
+        difference, interval, p = mean_b - mean_a, bootstrap(differences), sign_flips(differences)
     else:
-        a, b = ([statistics.mean(v for v in run if v is not None) for run in side
-                 if any(v is not None for v in run)] for side in (a, b))
+        a, b = ([statistics.fmean(run) for run in ([v for v in run if v is not None] for run in side)
+                 if run] for side in (a, b))
         if min(len(a), len(b)) < 2:
             return None
-        mean_a, mean_b = statistics.mean(a), statistics.mean(b)
+        mean_a, mean_b = statistics.fmean(a), statistics.fmean(b)
         difference, interval = welch(a, b)
     return {"a": mean_a, "b": mean_b, "difference": difference, "interval": interval, "p": p,
-            "verdict": verdict(interval)}
-
-
-def verdict(interval, null=0.0):
-    low, high = interval
-    return "B higher" if low > null else "B lower" if high < null else "no difference shown"
+            "verdict": verdict(interval, p)}
 
 
 # ------------------------------------------------------------------ tables and the figure
 
-def share(key, digits=1):
-    """Formats a share of a row, with its interval where it has one: 92.0% [87.4, 95.0]."""
-    def cell(row):
-        if row.get(key) is None:
+def cell(key, form="s"):
+    """Formats a value of a row, with its interval where it has one: 92.0% [87.4, 95.0]."""
+    def text(row):
+        value, interval = row.get(key), row.get(f"{key}_interval")
+        if value is None:
             return ""
-        low_high = row.get(f"{key}_interval")
-        text = f"{row[key]:.{digits}%}"
-        return f"{text} [{', '.join(f'{100 * x:.1f}' for x in low_high)}]" if low_high else text
-    return cell
+        if not interval:
+            return format(value, form)
+        unit, plain = (100, form.replace("%", "f")) if form.endswith("%") else (1, form)
+        return f"{value:{form}} [{', '.join(format(unit * x, plain) for x in interval)}]"
+    return text
 
 
-def plain(key, form="s"):
-    return lambda row: format(row[key], form) if row.get(key) is not None else ""
-
-
-WHICH = {"model": plain("model"), "data": plain("data"), "T": plain("temperature", "g")}
+WHICH = {"model": cell("model"), "data": cell("data"), "T": cell("temperature", "g")}
 
 
 def table(rows, columns):
     """A Markdown table, aligned; columns: heading -> text of a row. Empty columns are left out."""
-    columns = {heading: list(map(cell, rows)) for heading, cell in columns.items()}
+    columns = {heading: list(map(text, rows)) for heading, text in columns.items()}
     columns = {heading: cells for heading, cells in columns.items() if any(cells)}
     widths = [max(map(len, [heading, *cells])) for heading, cells in columns.items()]
     lines = [list(columns), ["-" * width for width in widths], *zip(*columns.values())]
@@ -414,35 +362,36 @@ def table(rows, columns):
 
 
 def score_table(summaries):
-    ks = sorted({key for s in summaries for key in s if key.startswith("pass@")},
-                key=lambda key: int(key[5:]))
+    ks = sorted(int(key[5:]) for key in {key for s in summaries for key in s if "@" in key})
     return table(summaries, {
-        **WHICH, "n": plain("n_problems", "d"), "samples": plain("samples", "d"),
-        **{key: share(key) for key in SCORES}, "format": share("format"), "cut": share("truncated"),
-        "tokens": plain("mean_tokens", ".1f"), "majority": share("majority"),
-        **{key: share(key) for key in ks}})
+        **WHICH, "n": cell("n_problems", "d"), "samples": cell("samples", "d"),
+        **{key: cell(key, form) for key, form in SCORES.items()}, "format": cell("format", ".1%"),
+        "cut": cell("truncated", ".1%"), "majority": cell("majority", ".1%"),
+        **{f"pass@{k}": cell(f"pass@{k}", ".1%") for k in ks if k > 1}})  # pass@1 is flexible
 
 
-def style_table(summaries):
-    return table(summaries, {**WHICH, **{heading: plain(key, form)
-                                         for key, (heading, form) in STYLE.items()}})
+def measure_table(summaries, measures):
+    return table(summaries, {**WHICH, **{heading: cell(key, form)
+                                         for key, (heading, form) in measures.items()}})
 
 
 def seed_table(seeds):
-    return table(seeds, {**WHICH, "runs": plain("runs", "d"),
-                         **{key: share(key) for key in SCORES}})
+    return table(seeds, {**WHICH, "runs": cell("runs", "d"),
+                         **{key: cell(key, form) for key, form in SCORES.items()}})
 
 
 def comparison_table(comparisons):
-    """All measures in which an answer differs, and the scores."""
+    """The scores, and all measures in which A and B differ anywhere."""
+    def number(key, sign=""):
+        return lambda row: format(row[key], sign + row["form"])
+
     def interval(row):
-        return "[" + ", ".join(format(x, row["form"]) for x in row["interval"]) + "]"
+        return f"[{', '.join(format(x, row['form']) for x in row['interval'] or ())}]"
     shown = [c for c in comparisons if c["measure"] in SCORES or c["interval"] != (0, 0)]
     return table(shown, {
-        "data": plain("data"), "T": plain("temperature", "g"), "measure": plain("measure"),
-        **{side: lambda row, key=side.lower(): format(row[key], row["form"]) for side in "AB"},
-        "B − A": lambda row: format(row["difference"], "+" + row["form"]),
-        "95 % interval": interval, "McNemar p": plain("p", ".2g"), "verdict": plain("verdict")})
+        "data": cell("data"), "T": cell("temperature", "g"), "measure": cell("measure"),
+        "A": number("a"), "B": number("b"), "B − A": number("difference", "+"),
+        "95 % interval": interval, "p": cell("p", ".2g"), "verdict": cell("verdict")})
 
 
 def draw_accuracy(summaries, path):
@@ -477,7 +426,7 @@ def draw_accuracy(summaries, path):
 
 def expand(name):
     """A model's name, or the folders that a pattern such as "runs/a-s*/best" stands for."""
-    if not glob.has_magic(name):
+    if Path(name).exists() or not glob.has_magic(name):
         return [name]
     found = sorted(glob.glob(name))
     if not found:
@@ -489,7 +438,8 @@ def rows_that_fit(folder, device, dtype, max_new_tokens):
     """Completions in flight that memory allows, at most 1,024, on a CPU 256 (more gain nothing).
 
     Of the device's whole memory, so that the same command finds its answers again: 80 % of it
-    without the weights (masters and the sampler's copy), by a row's cache and four rows of logits.
+    without the weights (masters and the sampler's copy), by a row's cache with two prompts of 512
+    tokens and its four rows of logits.
     """
     c = checked_config(read_json(folder / "config.json"))
     if device == "cpu":
@@ -498,182 +448,196 @@ def rows_that_fit(folder, device, dtype, max_new_tokens):
         most, memory = 1024, torch.cuda.get_device_properties(device).total_memory
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     cached = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]
-    tokens = min(max_new_tokens + 256, c["max_position_embeddings"])
+    tokens = min(max_new_tokens + 1024, 3 * c["max_position_embeddings"])
     row = tokens * cached * DTYPES[dtype].itemsize + 16 * c["vocab_size"]
     fit = int((0.8 * memory - 3 * weights) / row)
-    return max(1, min(most, 1 << fit.bit_length() - 1 if fit > 0 else 1))
+    return min(most, 1 << fit.bit_length() - 1) if fit > 0 else 1
 
 
-def answer_cell(path, about, problems, load, args, label, progress):
-    """Rows of one model on one set at one temperature: what `path` holds, and the rest answered.
-
-    about: what the answers depend on, the first line of the file. load(): the model, if needed.
-    """
-    samples, n_problems = about["samples"], about["chunk"]
-    rows, end = read_answers(path, about, len(problems) * samples, n_problems * samples)
-    if len(rows) == len(problems) * samples:
-        return rows
-    model = load()
+def fill(path, settings, problems, model, args, progress):
+    """Answer what a cell's file lacks, a chunk at a time."""
+    samples, per_chunk = settings["samples"], settings["problems_per_chunk"]
+    expected = [(p.id, g) for p in problems for g in range(samples)]
     room = room_for(model, [build_prompt(model.tokenizer, p) for p in problems],
                     args.max_new_tokens)
-    with open(path, "r+b" if end else "wb") as file:
-        file.truncate(end)
-        file.seek(end)
-        lines = [] if end else [about]
-        for start in range(len(rows) // samples, len(problems), n_problems):
-            chunk = problems[start:start + n_problems]
-            new = answer(model, chunk, samples, about["temperature"], args.top_p, room, args.seed,
-                         0, about["rows"], range(start, start + len(chunk)),
-                         progress.rollout(label))
-            lines += measure(new, chunk, samples, model.tokenizer)
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            file.flush()
-            progress.done()
-            rows, lines = rows + new, []
-    return rows
+    with open(path, "ab") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise OSError(f"{path} is being written by another evaluation") from e
+        rows, end = read_answers(path, settings, expected, per_chunk * samples)
+        with open(path, "r+b") as file:
+            file.truncate(end)
+            file.seek(end)
+            lines = [] if end else [settings]
+            for start in range(len(rows) // samples, len(problems), per_chunk):
+                chunk = problems[start:start + per_chunk]
+                rollout = sample_answers(
+                    model, chunk, samples, settings["temperature"], args.top_p, room, args.seed, 0,
+                    settings["rows_in_flight"], range(start, start + len(chunk)),
+                    progress.start(f"{settings['model']} {settings['data']} "
+                                   f"T={settings['temperature']:g}"))
+                progress.end()
+                for row in rows_of(rollout, chunk, model.tokenizer):
+                    behind = after_answer(row["text"])
+                    row["tokens_after"] = len(model.tokenizer.encode(behind,
+                                                                     add_special_tokens=False))
+                    lines.append(row)
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+                file.flush()
+                lines = []
 
 
 def answer_all(args, folders, sets):
-    """{(model, data, temperature): rows} of every combination; a greedy one has one sample."""
+    """{(model, data, temperature): rows} of every cell; a greedy one has one sample."""
     (args.out / "answers").mkdir(parents=True, exist_ok=True)
-    cells, missing = {}, 0
+    cells = {}
     for name, folder in folders.items():
         weights = fingerprint(folder)
-        n_rows = args.rollout_rows or rows_that_fit(folder, args.device, args.dtype,
-                                                    args.max_new_tokens)
+        rows_in_flight = args.rollout_rows or rows_that_fit(folder, args.device, args.dtype,
+                                                            args.max_new_tokens)
         for data, problems in sets.items():
             for temperature in dict.fromkeys(args.temperature):
                 samples = args.samples if temperature else 1
-                about = {
-                    "version": ANSWERS_VERSION, "model": name, "weights": weights, "data": data,
-                    "problems": digest(problems), "temperature": temperature, "samples": samples,
-                    "chunk": max(CHUNK * n_rows // samples, 1), "top_p": args.top_p,
-                    "max_new_tokens": args.max_new_tokens, "rows": n_rows, "seed": args.seed,
-                    "dtype": args.dtype, "device": args.device.split(":")[0]}
+                settings = {
+                    "model": name, "weights": weights, "data": data, "temperature": temperature,
+                    "problems": digest(rewards.INSTRUCTION, problems), "samples": samples,
+                    "problems_per_chunk": max(CHUNK * rows_in_flight // samples, 1),
+                    "rows_in_flight": rows_in_flight, "top_p": args.top_p, "seed": args.seed,
+                    "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
+                    "device": args.device.split(":")[0]}
                 slug = re.sub(r"[^\w.-]+", "-", f"{name}-{Path(data).stem}-T{temperature:g}")
-                path = args.out / "answers" / f"{slug}-{digest(about)[:8]}.jsonl"
-                cells[name, data, temperature] = path, about
-                n = len(problems) * samples
-                missing += n - len(read_answers(path, about, n, about["chunk"] * samples)[0])
-    loaded, progress, found = {}, Progress(missing), {}
+                cells[name, data, temperature] = (
+                    args.out / "answers" / f"{slug}-{digest(settings)[:8]}.jsonl", settings)
 
-    def load(name):
-        if name not in loaded:
-            loaded.clear()  # one model at a time
-            loaded[name] = Qwen2.from_pretrained(name, args.device, args.dtype)
-        return loaded[name]
-    for (name, data, temperature), (path, about) in cells.items():
-        found[name, data, temperature] = answer_cell(
-            path, about, sets[data], lambda name=name: load(name), args,
-            f"{name} {data} T={temperature:g}", progress)
+    def answers(path, settings):
+        samples = settings["samples"]
+        expected = [(p.id, g) for p in sets[settings["data"]] for g in range(samples)]
+        chunk = settings["problems_per_chunk"] * samples
+        return read_answers(path, settings, expected, chunk)[0], len(expected)
+    missing = {which: n - len(rows) for which, (path, settings) in cells.items()
+               for rows, n in [answers(path, settings)]}
+    progress = Progress(sum(missing.values()))
+    for name in folders:
+        model = None
+        for (of, data, temperature), (path, settings) in cells.items():
+            if of == name and missing[of, data, temperature]:
+                model = model or Qwen2.from_pretrained(name, args.device, args.dtype)
+                fill(path, settings, sets[data], model, args, progress)
     progress.bar.close()
     if progress.seconds:
-        print(f"{progress.rows:,} answers, {progress.tokens:,} tokens sampled in "
+        print(f"{progress.answers:,} answers, {progress.tokens:,} tokens sampled in "
               f"{progress.seconds:.1f} s: {progress.tokens / progress.seconds:,.0f} tokens/s",
               file=sys.stderr)
-    return found
+    return {which: measure(answers(path, settings)[0], sets[which[1]])
+            for which, (path, settings) in cells.items()}
 
 
 def ask_judge(args, answers, sets, sides):
-    """Adds the judge's marks to the rows judged, the first sample of the first problems of each
-    cell: (tallies, preferences, rows of the dispute sheet).
+    """Add the judge's marks to the rows judged, the first sample of the first problems of each
+    cell: (its name, tallies, preferences, disputes).
 
-    preferences: {(data, temperature): per pair of runs the list of B's scores in both orders}.
+    preferences: {(data, temperature): for each pair of runs the list of B's scores in both orders}.
     """
-    said_by = judge.make_judge(args.judge, args.judge_name, args.device, args.dtype,
-                               per_minute=args.judge_per_minute, timeout_s=args.judge_timeout)
+    asked = judge.make_judge(args.judge, args.judge_name, args.device, args.dtype,
+                             per_minute=args.judge_per_minute, timeout_s=args.judge_timeout)
     path = args.out / "judge.jsonl"
-    question = {p.id: p.question for problems in sets.values() for p in problems}
-    chosen = {cell: [row for row in rows if row["sample"] == 0][:args.judge_problems]
-              for cell, rows in answers.items()}
-    every = [row for rows in chosen.values() for row in rows]
-    marks, tally = judge.mark_answers(said_by, [question[row["problem"]] for row in every],
-                                      [row["text"] for row in every], path)
-    for row, mark in zip(every, marks):
+    question = {(data, p.id): p.question for data, problems in sets.items() for p in problems}
+    chosen = {which: [row for row in rows if row["sample"] == 0][:args.judge_problems]
+              for which, rows in answers.items()}
+    every = [(question[which[1], row["problem"]], row)
+             for which, rows in chosen.items() for row in rows]
+    marks, tally = judge.mark_answers(asked, [q for q, _ in every],
+                                      [row["text"] for _, row in every], path)
+    for (_, row), mark in zip(every, marks):
         row |= {f"judge_{aspect}": n for aspect, n in (mark or {}).items()}
-    tallies, preferences = {"judge": said_by.name, "prompt_version": judge.PROMPT_VERSION,
-                            "marks": tally}, {}
-    flips = set()
+    tallies, preferences, flips = {"marks": tally}, {}, set()
     for a, b in zip(*sides):
-        for data, temperature in dict.fromkeys(cell[1:] for cell in answers):
+        for data, temperature in dict.fromkeys(which[1:] for which in answers):
             rows_a, rows_b = (chosen[name, data, temperature] for name in (a, b))
             outcomes, tally = judge.prefer(
-                said_by, [question[row["problem"]] for row in rows_a],
+                asked, [question[data, row["problem"]] for row in rows_a],
                 [row["text"] for row in rows_a], [row["text"] for row in rows_b], path)
             preferences.setdefault((data, temperature), []).append(outcomes)
             tallies[f"preferences {a} | {b}, {data}, T {temperature:g}"] = tally
-            flips |= {(data, temperature, row["problem"]) for row, o in zip(rows_a, outcomes)
-                      if o and o[0] != o[1]}
-    return tallies, preferences, disputes(chosen, question, flips)
+            flips |= {(data, temperature, row["problem"]) for row, outcome in zip(rows_a, outcomes)
+                      if outcome and outcome[0] != outcome[1]}
+    return asked.name, tallies, preferences, disputes(chosen, question, flips)
 
 
 def disputes(chosen, question, flips, n=20):
     """The n problems where the judge disagrees most with the grader or, by order, with itself."""
-    found = {}
+    cases = {}
     for (name, data, temperature), rows in chosen.items():
         for row in rows:
-            case = data, temperature, row["problem"]
-            d = found.setdefault(case, {"question": question[row["problem"]], "gold": row["gold"],
-                                        "answers": {}, "size": 0.0, "why": []})
+            case = cases.setdefault((data, temperature, row["problem"]), {
+                "question": question[data, row["problem"]], "gold": row["gold"], "answers": {},
+                "size": 0.0, "why": []})
             marks = {key[6:]: row[key] for key in JUDGED if key in row}
             right = row[main_score([row])]
-            d["answers"][name] = (row["text"], f"{'right' if right else 'wrong'}; " + (", ".join(
-                f"{aspect} {n}" for aspect, n in marks.items()) or "not judged"))
-            gap = abs((marks["mathematics"] - 1) / 4 - right) if marks else 0.0
-            d["size"] += gap
-            if gap > 0.5:
-                d["why"].append(f"{name} is {'right' if right else 'wrong'}, the judge gives its "
-                                f"mathematics {marks['mathematics']}")
-    for case in flips:
-        found[case]["size"] += 1
-        found[case]["why"].append("the preference changes with the order")
-    for case, d in found.items():
-        d["why"] = f"{case[2]}, T {case[1]:g}: " + "; ".join(d["why"])
-    return sorted((d for d in found.values() if d["size"] > 0.5), key=lambda d: -d["size"])[:n]
+            grade = "right" if right else "wrong"
+            said = ", ".join(f"{aspect} {mark}" for aspect, mark in marks.items()) or "not judged"
+            case["answers"][name] = row["text"], f"{grade}; {said}"
+            if marks and abs((marks["mathematics"] - 1) / 4 - right) > 0.5:
+                case["size"] += abs((marks["mathematics"] - 1) / 4 - right)
+                case["why"].append(f"{name} is {grade}, the judge gives its mathematics "
+                                   f"{marks['mathematics']}")
+    for which in flips:
+        cases[which]["size"] += 1
+        cases[which]["why"].append("the preference changes with the order")
+    for (data, temperature, problem), case in cases.items():
+        case["why"] = f"{problem}, T {temperature:g}: " + "; ".join(case["why"])
+    disputed = [case for case in cases.values() if case["size"]]
+    return sorted(disputed, key=lambda case: -case["size"])[:n]
 
 
 def compare_all(sides, answers, preferences):
     """Every measure of every set and temperature, B against A: rows for `comparison_table`."""
     found = []
-    for data, temperature in dict.fromkeys(cell[1:] for cell in answers):
+    for data, temperature in dict.fromkeys(which[1:] for which in answers):
         runs = [[answers[name, data, temperature] for name in side] for side in sides]
         score = main_score(runs[0][0])
         about = {"data": data, "temperature": temperature}
         measures = {score: (score, ".1%"), "format": ("format", ".1%"), **STYLE, **JUDGED}
         for key, (heading, form) in measures.items():
-            result = compare(*runs, key)
-            if result:
+            if result := compare(*runs, key):
                 found.append({**about, "measure": heading, "form": form, **result})
-        scores = [[sum(o) / 2 for o in outcomes if o]
+        scores = [[sum(outcome) - 1 for outcome in outcomes if outcome]  # 1: B, −1: A
                   for outcomes in preferences.get((data, temperature), [])]
         if scores and all(scores):
-            mean, interval = (over_seeds(list(map(statistics.mean, scores))) if len(scores) > 1
-                              else (statistics.mean(scores[0]), bootstrap(scores[0])))
-            interval = tuple(2 * x - 1 for x in interval)
-            found.append({**about, "measure": "judge: preferred", "form": ".1%", "a": 1 - mean,
-                          "b": mean, "difference": 2 * mean - 1, "interval": interval, "p": None,
-                          "verdict": verdict(interval)})
+            if len(scores) == 1:
+                mean, interval = statistics.fmean(scores[0]), bootstrap(scores[0])
+                p = sign_flips(scores[0])
+            else:
+                (mean, interval), p = over_seeds(list(map(statistics.fmean, scores))), None
+            found.append({**about, "measure": "judge: preferred", "form": ".1%", "p": p,
+                          "a": (1 - mean) / 2, "b": (1 + mean) / 2, "difference": mean,
+                          "interval": interval, "verdict": verdict(interval, p)})
     return found
 
 
-def judge_table(summaries):
-    def marks(key):
-        def cell(row):
-            if row[key] is None:
-                return ""
-            low, high = row[f"{key}_interval"]
-            return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"
-        return cell
-    return table([s for s in summaries if "judged" in s], {
-        **WHICH, "judged": plain("judged", "d"), **{key[6:]: marks(key) for key in JUDGED}})
+def verdicts(args, comparisons):
+    """One line for each set and temperature: what the comparison of accuracies shows."""
+    lines = []
+    for c in comparisons:
+        if c["measure"] in SCORES:
+            between = "" if c["interval"] is None else " [{:+.1f}, {:+.1f}]".format(
+                *(100 * x for x in c["interval"]))
+            p = f", p {c['p']:.2g}" if c["p"] is not None else ""
+            lines.append(f"{c['data']}, T {c['temperature']:g}: {c['verdict']}: "
+                         f"{c['measure']} {c['a']:.1%} of {args.compare[0]}, {c['b']:.1%} of "
+                         f"{args.compare[1]}, {100 * c['difference']:+.1f} points{between}{p}")
+    return lines
 
 
 def evaluate(args):
-    """Answer, judge, summarise, compare; write the tables and the figure. Returns results.md."""
+    """Answer, judge, summarise, compare; write the tables and the figure: (text, verdicts)."""
     sides = [expand(name) for name in args.compare or ()]
-    if sides and (len(sides[0]) == 1) != (len(sides[1]) == 1):
-        raise ValueError(f"--compare: A is {len(sides[0])} run(s) and B {len(sides[1])}; give one "
-                         "run each or several each")
+    sizes = [len(side) for side in sides]
+    if sides and min(sizes) == 1 != max(sizes) or args.judge and len(set(sizes)) > 1:
+        raise ValueError(f"--compare: A is {sizes[0]} run(s) and B {sizes[1]}; give one run each "
+                         "or several each, with --judge as many")
     models = dict.fromkeys([m for name in args.models for m in expand(name)] + sum(sides, []))
     folders = {name: model_folder(name) for name in models}  # a wrong name shows at once
     if args.judge and not judge.is_address(args.judge):
@@ -682,52 +646,41 @@ def evaluate(args):
         if Path(data).is_file():
             print(f"{data}: a file has no splits, all its rows are used (a run that trained on "
                   "a file leaves the problems it held out in test.jsonl)", file=sys.stderr)
-    sets = {data: load_problems(data, args.split)[:args.limit] for data in args.data}
+    sets = {data: rewards.load_problems(data, args.split)[:args.limit] for data in args.data}
+    dropped = {data: left_out for data in sets
+               if (left_out := rewards.read_problems(data, args.split)[1])}
     answers = answer_all(args, folders, sets)
-    tallies, preferences, sheet = {}, {}, []
+    judged_by, tallies, preferences, disputed = "", {}, {}, []
     if args.judge:
-        tallies, preferences, sheet = ask_judge(args, answers, sets, sides)
+        judged_by, tallies, preferences, disputed = ask_judge(args, answers, sets, sides)
     summaries = [{"model": name, "data": data, "temperature": temperature,
                   **full_summary(rows, len(rows) // len(sets[data]))}
                  for (name, data, temperature), rows in answers.items()]
     seeds = seed_summaries(summaries)
+    comparisons = compare_all(sides, answers, preferences) if sides else []
     parts = {"Accuracy": score_table(summaries)}
     if seeds:
         parts["Over seeds, each run one value"] = seed_table(seeds)
-    parts["Style"] = style_table(summaries)
-    if any("judged" in s for s in summaries):
-        parts[f"Marks of {tallies['judge']}"] = judge_table(summaries)
-    comparisons = compare_all(sides, answers, preferences) if sides else []
+    parts["Style"] = measure_table(summaries, STYLE)
+    if any(s["judged"] for s in summaries):
+        parts[f"Marks of {judged_by}"] = measure_table(summaries, {
+            "judged": ("judged", "d"), **JUDGED})
     if sides:
         parts[f"A {args.compare[0]}, B {args.compare[1]}"] = comparison_table(comparisons)
     for name, tally in tallies.items():
-        if isinstance(tally, dict):
-            parts[f"Judge, {name}"] = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" if isinstance(
-                v, float) else f"{k.replace('_', ' ')} {v}" for k, v in tally.items())
+        parts[f"Judge, {name}"] = ", ".join(
+            f"{key.replace('_', ' ')} {round(v, 2) if isinstance(v, float) else v}"
+            for key, v in tally.items())
     text = "\n\n".join(f"**{heading}**\n\n{part}" for heading, part in parts.items())
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    (args.out / "results.json").write_text(json.dumps(
+    write_whole(args.out / "results.json", json.dumps(
         {"settings": settings, "results": summaries, "seeds": seeds, "comparison": comparisons,
-         "judge": tallies}, indent=2) + "\n", encoding="utf-8")
-    (args.out / "results.md").write_text(text + "\n", encoding="utf-8")
+         "judge": {"name": judged_by, "prompt_version": judge.PROMPT_VERSION, **tallies},
+         "dropped": dropped, "not_graded": len(rewards.ungraded)}, indent=2) + "\n")
+    write_whole(args.out / "results.md", text + "\n")
     draw_accuracy(summaries, args.out / "accuracy.png")
-    if sheet:
-        judge.dispute_sheet(sheet, args.out / "disputed.md")
+    judge.dispute_sheet(disputed, args.out / "disputed.md")
     return text, verdicts(args, comparisons)
-
-
-def verdicts(args, comparisons):
-    """One line for each set and temperature: what the comparison of accuracies shows."""
-    lines = []
-    for c in comparisons:
-        if c["measure"] in SCORES:
-            low, high = (100 * x for x in c["interval"])
-            p = f", McNemar p {c['p']:.2g}" if c["p"] is not None else ""
-            lines.append(f"{c['data']}, T {c['temperature']:g}: {c['verdict']}: "
-                         f"{c['measure']} {c['a']:.1%} of {args.compare[0]}, {c['b']:.1%} of "
-                         f"{args.compare[1]}, {100 * c['difference']:+.1f} points "
-                         f"[{low:+.1f}, {high:+.1f}]{p}")
-    return lines
 
 
 def make_parser():
@@ -781,6 +734,8 @@ def main(argv=None):
         text, lines = evaluate(args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: out of memory; lower --rollout-rows or --max-new-tokens ({e})")
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from what is in {args.out}", file=sys.stderr)
         sys.exit(130)

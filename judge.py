@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 
 from tqdm import tqdm
 
@@ -46,6 +47,7 @@ SYSTEM = ("You are a careful, impartial examiner of answers to mathematics probl
 def block(kind, text, *all_of_it):
     """Text between two markers that it cannot contain: they carry a hash of all material."""
     mark = hashlib.sha256("\0".join(all_of_it).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    text = text.replace("<|", "< |")  # no role marker of a chat template either
     return f"[{kind} {mark}]\n{text}\n[end of {kind} {mark}]"
 
 
@@ -112,9 +114,9 @@ class LocalJudge:
     """A model folder or hub name, through model.py and rollout.py: greedy, then at 0.7."""
 
     def __init__(self, name, device, dtype, batch=64):
-        from model import Qwen2
-        self.name, self.batch = str(name), batch
-        self.model = Qwen2.from_pretrained(name, device, dtype)
+        from model import Qwen2, fingerprint, model_folder
+        self.name = f"{name} ({fingerprint(model_folder(name))[:12]}, {dtype})"
+        self.model, self.batch = Qwen2.from_pretrained(name, device, dtype), batch
 
     def ask(self, prompts, attempt):
         """Yield (index, reply or None, tokens read, tokens written, fault) for each prompt."""
@@ -128,11 +130,11 @@ class LocalJudge:
             if len(ids) + REPLY_TOKENS > self.model.context:
                 yield i, None, 0, 0, "longer than the judge's context"
             else:
-                fitting.append((i, ids))
+                fitting.append((i, ids, int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)))
         for start in range(0, len(fitting), self.batch):
-            numbers, ids = zip(*fitting[start:start + self.batch])
+            numbers, ids, keys = zip(*fitting[start:start + self.batch])
             rollout = generate(self.model, ids, 1, REPLY_TOKENS, 0.7 if attempt else 0.0,
-                               seed=attempt, prompt_keys=numbers)
+                               seed=attempt, prompt_keys=keys)
             for i, read, written in zip(numbers, ids, rollout.completions):
                 reply = tokenizer.decode(written, skip_special_tokens=True)
                 yield i, reply, len(read), len(written), None
@@ -167,9 +169,9 @@ class Endpoint:
             waiting = {pool.submit(self.ask_one, p, attempt): i for i, p in enumerate(prompts)}
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting[future], *future.result()
-        finally:
-            self.stopped.set()  # after an error or Ctrl-C nobody waits for the rest
-            pool.shutdown(cancel_futures=True)
+        finally:  # after an error or Ctrl-C no other request begins
+            self.stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
             self.stopped.clear()
 
     def fetch(self, request):
@@ -200,13 +202,14 @@ class Endpoint:
             try:
                 answer = json.loads(self.fetch(request))
                 reply = answer["choices"][0]["message"]["content"]
-                if not isinstance(reply, str):
+                if reply is not None and not isinstance(reply, str):
                     raise TypeError("its content is no text")
-                usage = answer.get("usage") or {}
-                return reply, *(int(usage.get(k) or 0)
-                                for k in ("prompt_tokens", "completion_tokens")), None
+                usage = answer.get("usage")
+                return reply or "", *(count(usage, k)
+                                      for k in ("prompt_tokens", "completion_tokens")), None
             except urllib.error.HTTPError as e:
-                fault = f"HTTP {e.code}"
+                said = " ".join(e.read(200).decode("utf-8", "replace").split())
+                fault = f"HTTP {e.code} {said}".strip()
                 if e.code in (401, 403, 404):
                     raise ValueError(
                         f"{self.url} refuses the request ({fault}): check the address, --judge-name"
@@ -214,12 +217,20 @@ class Endpoint:
                 if e.code not in (408, 409, 425, 429) and e.code < 500:
                     return None, 0, 0, fault
                 after = e.headers.get("Retry-After") or ""
-                wait = max(wait, min(float(after), 120.0) if after.isdigit() else 0.0)
+                if after.isascii() and after.isdigit():
+                    wait = max(wait, min(float(after), 120.0))
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
-                    AttributeError) as e:
+                    AttributeError, RecursionError) as e:
                 fault = f"{type(e).__name__}: {e}"[:200]  # slow, cut off, or not of the API's form
-            self.stopped.wait(wait)
+            if n < TRIES - 1:
+                self.stopped.wait(wait)
         return None, 0, 0, fault if n else "stopped"
+
+
+def count(usage, key):
+    """A number of tokens as the endpoint reports it, 0 where it does not."""
+    n = usage.get(key) if isinstance(usage, dict) else 0
+    return n if type(n) is int and n > 0 else 0
 
 
 def is_address(name):
@@ -239,34 +250,34 @@ def consult(judge, prompts, read, path, label):
     """What the judge says to each prompt: ({prompt: value of `read`, or None}, tally).
 
     Replies in another form are asked for again, ATTEMPTS times in all; what then has no value stays
-    None. Each reply is a line of `path` at once; known ones are not asked for again.
-    tally: counts of prompts, of those with a value, of unreadable replies, of requests without a
-        reply, and tokens read and written.
+    None. Each reply is a line of `path` at once; known ones are not asked for again, and a request
+    without a reply is made again by the next call.
+    tally: prompts; judged, those with a value; unreadable and no_reply, those without;
+        unreadable_replies of all prompts; tokens_read, tokens_written; faults, why no reply came.
+    Raises ValueError where the first ten requests bring no reply.
     """
     def key(prompt, attempt):
-        return hashlib.sha256(json.dumps(
-            [judge.name, PROMPT_VERSION, attempt, SYSTEM, prompt]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([judge.name, PROMPT_VERSION, REPLY_TOKENS, attempt, SYSTEM,
+                                          prompt]).encode()).hexdigest()
     known = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                known[entry["key"]] = entry
+                known[entry["key"]] = entry["reply"], entry["tokens_read"], entry["tokens_written"]
             except (ValueError, LookupError, TypeError):
                 continue  # the line at which a run was killed
-    values, waiting = {}, list(dict.fromkeys(prompts))
-    tally = {"prompts": len(waiting), "judged": 0, "unreadable_replies": 0, "no_reply": 0,
-             "tokens_read": 0, "tokens_written": 0}
-    bar = tqdm(total=len(waiting), desc=label, unit="judgement", dynamic_ncols=True)
+    prompts = list(dict.fromkeys(prompts))
+    values, silent, faults = {}, set(), Counter()
+    tally = {"prompts": len(prompts), "judged": 0, "unreadable": 0, "no_reply": 0,
+             "unreadable_replies": 0, "tokens_read": 0, "tokens_written": 0}
+    bar = tqdm(total=len(prompts), desc=label, unit="judgement", dynamic_ncols=True)
 
-    def settle(prompt, entry):
-        for name in ("tokens_read", "tokens_written"):
-            tally[name] += entry[name]
-        if entry["reply"] is None:
-            tally["no_reply"] += 1
-            return
+    def settle(prompt, reply, n_read, n_written):
+        tally["tokens_read"] += n_read
+        tally["tokens_written"] += n_written
         try:
-            values[prompt] = read(entry["reply"])
+            values[prompt] = read(reply)
             bar.update()
         except ValueError:
             tally["unreadable_replies"] += 1
@@ -274,23 +285,28 @@ def consult(judge, prompts, read, path, label):
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * torn)
         for attempt in range(ATTEMPTS):
-            new = []
+            waiting = [p for p in prompts if p not in values and p not in silent]
+            new = [p for p in waiting if key(p, attempt) not in known]
             for prompt in waiting:
                 if key(prompt, attempt) in known:
-                    settle(prompt, known[key(prompt, attempt)])
-                else:
-                    new.append(prompt)
-            for i, reply, n_read, n_written, fault in judge.ask(new, attempt) if new else ():
-                entry = {"key": key(new[i], attempt), "judge": judge.name,
-                         "prompt_version": PROMPT_VERSION, "attempt": attempt, "reply": reply,
-                         "tokens_read": n_read, "tokens_written": n_written, "fault": fault}
-                if reply is not None:  # a request that failed is made again next time
-                    file.write(json.dumps(entry) + "\n")
-                    file.flush()
-                settle(new[i], entry)
-            waiting = [p for p in waiting if p not in values]
+                    settle(prompt, *known[key(prompt, attempt)])
+            for i, reply, *n_tokens, fault in judge.ask(new, attempt) if new else ():
+                if reply is None:
+                    silent.add(new[i])
+                    faults[fault] += 1
+                    if len(silent) == 10 and not values and not tally["unreadable_replies"]:
+                        raise ValueError(f"{judge.name} gave no reply to ten requests: {fault}")
+                    continue
+                file.write(json.dumps(
+                    {"key": key(new[i], attempt), "judge": judge.name, "attempt": attempt,
+                     "prompt_version": PROMPT_VERSION, "reply": reply, "tokens_read": n_tokens[0],
+                     "tokens_written": n_tokens[1]}) + "\n")
+                file.flush()
+                settle(new[i], reply, *n_tokens)
     bar.close()
-    tally["judged"] = len(values)
+    tally |= {"judged": len(values), "no_reply": len(silent - set(values)),
+              "faults": dict(faults.most_common(3))}
+    tally["unreadable"] = len(prompts) - tally["judged"] - tally["no_reply"]
     return {p: values.get(p) for p in prompts}, tally
 
 
@@ -305,23 +321,27 @@ def prefer(judge, questions, a_answers, b_answers, path):
     """Whether B is preferred, each pair asked about in both orders: (outcomes, tally).
 
     outcomes: for each pair (B's score with A first, B's score with B first), 1 for B, 0 for A, 0.5
-        for a tie; None where either order has no value.
-    tally: as of `consult`, and first_preferred, the share of "first" among the choices that are no
-        ties (1/2 without position bias), and consistent, the share of pairs with the same outcome
-        in both orders.
+        for a tie, which equal answers are without asking; None where either order has no value.
+    tally: as of `consult`, and of the pairs asked about: first_preferred, the share of "first"
+        among choices that are no ties (1/2 without position bias), and consistent, the share with
+        the same outcome in both orders.
     """
-    orders = [(pair_prompt(q, a, b), pair_prompt(q, b, a))
+    orders = [(pair_prompt(q, a, b), pair_prompt(q, b, a)) if a != b else None
               for q, a, b in zip(questions, a_answers, b_answers, strict=True)]
-    values, tally = consult(judge, [p for pair in orders for p in pair], read_preference, path,
+    asked = [pair for pair in orders if pair]
+    values, tally = consult(judge, [p for pair in asked for p in pair], read_preference, path,
                             "preferences")
     score = [{"first": 0.0, "second": 1.0, "tie": 0.5}, {"first": 1.0, "second": 0.0, "tie": 0.5}]
-    outcomes = [tuple(score[i][values[p]] for i, p in enumerate(pair))
-                if None not in (values[pair[0]], values[pair[1]]) else None for pair in orders]
-    chosen = [v for v in values.values() if v in ("first", "second")]
-    valid = [o for o in outcomes if o]
+
+    def outcome(pair):
+        if None in (values[pair[0]], values[pair[1]]):
+            return None
+        return tuple(score[i][values[p]] for i, p in enumerate(pair))
+    chosen = [values[p] for pair in asked for p in pair if values[p] in ("first", "second")]
+    valid = [outcome(pair) for pair in asked if outcome(pair)]
     tally["first_preferred"] = chosen.count("first") / len(chosen) if chosen else None
     tally["consistent"] = sum(x == y for x, y in valid) / len(valid) if valid else None
-    return outcomes, tally
+    return [outcome(pair) if pair else (0.5, 0.5) for pair in orders], tally
 
 
 def dispute_sheet(disputes, path):

@@ -14,6 +14,7 @@ K key/value heads, D head width, V vocabulary.
 """
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import sys
@@ -365,6 +366,18 @@ def from_hub(weights):
             pieces = [weights.pop(name.replace(first, part)) for part in (first, *others)]
             weights[name.replace(first, whole)] = torch.cat(pieces)
     return weights
+
+
+def fingerprint(folder):
+    """A hash of all files of a model folder that decide what it says."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
+            total.update(path.name.encode())
+            with open(path, "rb") as file:
+                while part := file.read(2**24):
+                    total.update(part)
+    return total.hexdigest()
 
 
 def read_json(path):

@@ -438,8 +438,9 @@ def test_run_alone_it_shows_a_problem_and_grades_what_is_typed(tmp_path):
     file = write_lines(tmp_path / "mine.jsonl", {"question": "How many?", "answer": "18"})
     done = python(["rewards.py", file], stdin="#### 18\nit is 17\n\n#### 18\n")
     assert "mine.jsonl: 1 problems" in done.stdout and "How many?" in done.stdout
-    assert "answer '18': strict True, flexible True, paper True, math True, reward 1.05" in done.stdout
-    assert "answer '17': strict False, flexible False, paper False, math False, reward 0.00" in done.stdout
+    for answer, right, value in ((18, True, "1.05"), (17, False, "0.00")):
+        assert (f"answer '{answer}': strict {right}, flexible {right}, paper {right}, math {right},"
+                f" reward {value}") in done.stdout
     assert done.stdout.count("reward") == 2  # the empty line ended it
 
 
