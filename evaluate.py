@@ -54,7 +54,7 @@ STYLE = {  # measure of one answer: (heading, format); README defines them
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
     "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}
 JUDGED = {f"judge_{aspect}": (f"judge: {aspect}", ".2f") for aspect in judge.ASPECTS}
-CHUNK = 4  # chosen: answers are kept in chunks of 4 × the rows in flight; a kill costs one chunk
+CHUNK = 6  # chosen: answers are kept in chunks of 6 × the rows in flight; a kill costs one chunk
 
 
 # ------------------------------------------------------------------ answers and their grades
@@ -323,8 +323,8 @@ def compare(a_runs, b_runs, key):
         differences = [y - x for x, y in pairs]
         difference, interval, p = mean_b - mean_a, bootstrap(differences), sign_flips(differences)
     else:
-        a, b = ([statistics.fmean(run) for run in ([v for v in run if v is not None] for run in side)
-                 if run] for side in (a, b))
+        a, b = ([statistics.fmean(values) for run in side
+                 if (values := [v for v in run if v is not None])] for side in (a, b))
         if min(len(a), len(b)) < 2:
             return None
         mean_a, mean_b = statistics.fmean(a), statistics.fmean(b)
