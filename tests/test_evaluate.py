@@ -300,13 +300,15 @@ def test_killed_at_ten_moments_it_ends_with_the_same_table():
     whole = subprocess.run([*command, "whole"], capture_output=True, text=True, timeout=100)
     assert whole.returncode == 0, whole.stderr
     size = sum(p.stat().st_size for p in Path("whole/answers").iterdir())
-    moments = sorted(random.Random(0).uniform(0, size) for _ in range(10))
+    draw = random.Random(0)
+    moments = sorted(draw.uniform(0, size) for _ in range(10))
     kills = 0
-    for moment in moments:
+    for moment in moments:  # so many bytes, and then somewhere within the next chunk
         process = subprocess.Popen([*command, "cut"], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         while process.poll() is None:
             if sum(p.stat().st_size for p in Path("cut").glob("answers/*")) >= moment:
+                time.sleep(draw.uniform(0, 0.1))
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
             time.sleep(0.003)
