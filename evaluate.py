@@ -43,7 +43,7 @@ from intervals import (
     verdict,
     welch,
 )
-from model import DTYPES, Qwen2, checked_config, fingerprint, model_folder, read_json
+from model import DTYPES, Qwen2, checked_config, fingerprint, model_folder, read_json, write_whole
 from rewards import build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
@@ -190,13 +190,6 @@ def read_answers(path, settings, expected, chunk):
     n = max(len(rows) - 1, 0)
     n = n if n == len(expected) else n // chunk * chunk
     return rows[1:n + 1], sum(len(line) + 1 for line in lines[:n + 1]) if n else 0
-
-
-def write_whole(path, text):
-    """Write a file at once or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 class Progress:

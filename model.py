@@ -315,12 +315,14 @@ class Qwen2(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write a folder in the hub's format: fp32 weights, configs and tokenizer."""
+        """Write a folder in the hub's format: fp32 weights, configs and tokenizer. Each file is
+        written at once or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous()
                    for k, v in to_hub(self.state_dict(), self.config).items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
+        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
         # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
         config = {**self.config, "dtype": "float32", "torch_dtype": "float32",
                   "architectures": ["Qwen2ForCausalLM"]}
@@ -328,7 +330,7 @@ class Qwen2(nn.Module):
         write_json(folder / "generation_config.json",
                    {**self.generation_config, "eos_token_id": self.stop_ids})
         for name, content in self.tokenizer_files.items():
-            (folder / name).write_bytes(content)
+            write_whole(folder / name, content)
 
 
 def gradient_of(loss, logp_M, chunk):
@@ -392,8 +394,14 @@ def read_json(path):
 
 
 def write_json(path, value):
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def write_whole(path, content):
+    """Write a file, text or bytes, at once or not at all."""
+    part = Path(f"{path}.part")
+    part.write_bytes(content if isinstance(content, bytes) else content.encode())
+    part.replace(path)
 
 
 def model_folder(name_or_path):

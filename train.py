@@ -32,11 +32,9 @@ import inspect
 import json
 import math
 import os
-import pickle
 import random
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,8 +47,17 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from checkpoint import (
+    append_rows,
+    checkpoints,
+    cut_rows,
+    enter,
+    newest_whole,
+    read_rows,
+    save_checkpoint,
+)
 from evaluate import answer, grade, summarise
-from model import DTYPES, Qwen2, read_json, write_json
+from model import DTYPES, Qwen2, read_json, write_json, write_whole
 from objectives import (
     OBJECTIVES,
     REDUCTIONS,
@@ -174,7 +181,7 @@ def read_settings(argv):
                              "leave it out, or start a new run with another --name")
         s = SimpleNamespace(**{**settings, **per_call})
     check_settings(parser, s, given)
-    if folder.exists() and not s.resume:
+    if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {".lock"}:
         parser.error(f"{folder} exists; continue it with --resume or choose another --name")
     return s, folder
 
@@ -416,53 +423,6 @@ def mean(values):
 
 # ------------------------------------------------------------------ files of a run
 
-def save_checkpoint(folder, run, keep):
-    """checkpoints/step_N/, all or nothing: the model in the hub's format and the trainer's state.
-    Only the newest `keep` stay."""
-    final = folder / "checkpoints" / f"step_{run.step}"
-    unfinished = final.with_name(final.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    run.model.save_pretrained(unfinished)
-    torch.save({"optimizer": run.optimizer.state_dict(), "step": run.step, "best": run.best,
-                "state": run.state}, unfinished / "trainer.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def checkpoints(folder):
-    """Complete checkpoints, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
-def newest_checkpoint(folder):
-    found = checkpoints(folder)
-    if not found:
-        sys.exit(f"error: --resume: {folder} holds no checkpoint yet; delete it and start again")
-    return found[-1]
-
-
-def append_rows(path, *rows):
-    """Add rows to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_rows(path):
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def cut_rows(path, step):
-    """Drop the rows of steps after `step`, which will be made again, and a line cut by a crash."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
-
-
 def describe_run(s):
     """What config.json holds beside the settings: commit, versions, device."""
     import transformers
@@ -551,11 +511,12 @@ def console_line(metrics=None):
 def prepare(s, folder):
     """All that a run needs, as one namespace: model, reference (None unless β > 0), optimizer,
     problems to train on with their prompts, validation and test problems, and where it stands:
-    step, best (validation reward so far), state (counters of optimizer steps).
+    step, best (validation reward so far) and the best_step that had it, state (counters of
+    optimizer steps), resumed.
 
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
-    checkpoint = newest_checkpoint(folder) if s.resume else None
+    checkpoint = newest_whole(folder) if s.resume else None
     model = Qwen2.from_pretrained(checkpoint or s.model, s.device, s.dtype)
     model.checkpoint_activations = s.checkpoint_activations
     if s.compile:
@@ -571,17 +532,13 @@ def prepare(s, folder):
     optimizer = make_optimizer(model, s)
     run = SimpleNamespace(
         model=model, reference=reference, optimizer=optimizer, problems=problems, prompts=prompts,
-        validation=validation, test=test, step=0, best=-math.inf,
+        validation=validation, test=test, step=0, best=-math.inf, best_step=None,
         state={"optimizer_steps": 0, "skipped_steps": 0})
-    if checkpoint:
-        try:
-            trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device,
-                                 weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{checkpoint}/trainer.pt is damaged; delete {checkpoint} to go on "
-                             f"from the checkpoint before it ({str(e).splitlines()[0]})") from e
+    run.resumed = checkpoint is not None
+    if run.resumed:
+        trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device, weights_only=True)
         optimizer.load_state_dict(trainer.pop("optimizer"))
-        vars(run).update(trainer)  # step, best and state
+        vars(run).update(trainer)  # step, best, best_step and state
     return run
 
 
@@ -611,11 +568,8 @@ def try_largest_batch(run, s):
                                            True)
         del adamw_state
     except torch.OutOfMemoryError as e:
-        raise ValueError(
-            f"a rollout or its largest micro-batch, {n * n_tokens:,} tokens, does not fit on "
-            f"{s.device}: lower --tokens-per-microbatch (now {s.tokens_per_microbatch}; a group "
-            f"needs {n_tokens}) or --rollout-rows (now {s.rollout_rows}), add "
-            "--checkpoint-activations, or lower --group-size or --max-new-tokens") from e
+        raise ValueError(f"a rollout or its largest micro-batch, {n * n_tokens:,} tokens: "
+                         f"{in_words(e, s)}; a group needs {n_tokens} tokens") from e
     finally:
         run.optimizer.zero_grad()
 
@@ -646,13 +600,24 @@ def split_problems(s):
     return train, validation, test
 
 
+class GradingError(Exception):
+    """A reward that is no number, or a grader that raised: an error of the code, not a zero."""
+
+
 def score(rollout, problems, tokenizer, s, step):
     """Grade a rollout: rows as evaluate.grade makes them, reward_PG, and the metrics of both."""
     G = rollout.group_size
     rows = grade(rollout, problems, tokenizer)
     for b, row in enumerate(rows):
-        row["reward"] = reward(row["text"], row["gold"], row["finished"], s.reward,
-                               key=(s.seed, step, b))
+        try:
+            row["reward"] = reward(row["text"], row["gold"], row["finished"], s.reward,
+                                   key=(s.seed, step, b))
+        except Exception as e:
+            raise GradingError(f"grading raised {e!r} on {row['problem']}, gold {row['gold']!r}, "
+                               f"completion {row['text']!r:.2000}") from e
+        if not math.isfinite(row["reward"]):
+            raise GradingError(f"the reward is {row['reward']} for {row['problem']}, gold "
+                               f"{row['gold']!r}, completion {row['text']!r:.2000}")
     reward_PG = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
     finished = [row["n_tokens"] for row in rows if row["finished"]]
     return rows, reward_PG, {
@@ -695,7 +660,7 @@ def one_step(run, s, step):
     try:
         seen = update(run, minibatches, s)
     except FloatingPointError as e:
-        raise FloatingPointError(f"step {step}: {e}; prompts {[p.id for p in problems]}") from e
+        raise FloatingPointError(f"{e}; prompts {[p.id for p in problems]}") from e
     ended = clock(s.device)
     seen.entropies += entropies
     n_tokens = sum(len(micro.batch.ids_N) for minibatch in minibatches for micro in minibatch)
@@ -712,72 +677,106 @@ def one_step(run, s, step):
     return metrics, rows
 
 
-def train(s, folder, stopping=()):
-    """The run. Returns the exit code: 0, or 130 where Ctrl-C (`stopping`) cut it short."""
+def begin(s, folder):
+    """Prepare a run and its folder; ends the process, in one line, where that cannot be."""
     torch.set_num_threads(s.threads)
     print(f"run        {folder}: --model {s.model} --data {s.data} --objective {s.objective}, "
           f"{s.dtype} on {s.device}, seed {s.seed}")
     try:
+        if s.resume:
+            lock = enter(folder)
         run = prepare(s, folder)
         if s.device.startswith("cuda"):
             try_largest_batch(run, s)
-        folder.mkdir(parents=True, exist_ok=s.resume)
+        if not s.resume:
+            lock = enter(folder)
+            if (folder / "config.json").exists():
+                raise OSError(f"{folder} was begun by another process meanwhile; choose another "
+                              "--name")
+            write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
+        run.lock = lock
+        if run.resumed:
+            print(f"resume     after step {run.step}")
+            if run.best_step == run.step:  # it was perhaps killed before it wrote best/
+                run.model.save_pretrained(folder / "best")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_rows(folder / name, run.step if run.resumed else -1)
+        if run.test:
+            write_whole(folder / "test.jsonl", "".join(
+                json.dumps({"question": p.question, "answer": p.gold}) + "\n" for p in run.test))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     announce(s, run)
-    if s.resume:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_rows(folder / name, run.step)
-        print(f"resume     after step {run.step}")
-    else:
-        write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
-        if run.test:
-            append_rows(folder / "test.jsonl", *({"question": p.question, "answer": p.gold}
-                                                 for p in run.test))
+    return run
+
+
+def train(s, folder, stopping=()):
+    """The run. Returns the exit code: 0, or 130 (Ctrl-C) and 143 (SIGTERM) where a signal, its
+    number in `stopping`, cut it short."""
+    run = begin(s, folder)
     if s.wandb:
         import wandb
         wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
 
     tqdm.write(console_line())
     validating = s.validate_every <= s.steps  # a run too short to reach a validation makes none
-    first = 0 if validating and not s.resume else run.step + 1
+    first = 0 if validating and not run.resumed else run.step + 1
     last = min(s.steps, s.stop_after or s.steps)
     bar = tqdm(total=s.steps, desc="training", unit="step", initial=run.step)
     for step in range(first, last + 1):
-        metrics, rows = {}, []
         try:
+            metrics, rows, improved = {}, [], False
             if step > 0:  # step 0 only validates the start model
                 metrics, rows = one_step(run, s, step)
-        except FloatingPointError as e:
-            kept = checkpoints(folder)
-            sys.exit(f"error: {e}; last good checkpoint: {kept[-1] if kept else 'none yet'}")
-        if validating and (step % s.validate_every == 0 or step == s.steps):
-            metrics |= validate(run, s)
-            if metrics["validation_reward"] > run.best:
-                run.best = metrics["validation_reward"]
+            if validating and (step % s.validate_every == 0 or step == s.steps):
+                metrics |= validate(run, s)
+                improved = metrics["validation_reward"] > run.best
+            metrics, run.step = {"step": step, **metrics}, step
+            append_rows(folder / "metrics.jsonl", metrics)
+            append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
+            tqdm.write(console_line(metrics))
+            if s.wandb:
+                wandb.log(metrics, step=step)
+            bar.update(step > 0)
+            if improved:
+                run.best, run.best_step = metrics["validation_reward"], step
+            if stopping or step == last or step and (improved or step % s.checkpoint_every == 0):
+                save_checkpoint(folder, run.model, {
+                    "optimizer": run.optimizer.state_dict(), "step": step, "best": run.best,
+                    "best_step": run.best_step, "state": run.state}, s.keep)
+                draw_curves(folder)
+            if improved:  # after its checkpoint, so that best/ is never of a step that was lost
                 run.model.save_pretrained(folder / "best")
-        metrics = {"step": step, **metrics}
-        append_rows(folder / "metrics.jsonl", metrics)
-        append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
-        tqdm.write(console_line(metrics))
-        if s.wandb:
-            wandb.log(metrics, step=step)
-        run.step = step
-        bar.update(step > 0)
-        if stopping or step == last or (step and step % s.checkpoint_every == 0):
-            save_checkpoint(folder, run, s.keep)
-            draw_curves(folder)
+        except Exception as e:
+            reason = in_words(e, s)
+            if reason is None:  # a mistake in the code: its traceback says more
+                raise
+            kept = checkpoints(folder)
+            sys.exit(f"error: step {step}: {reason}\nlast checkpoint: "
+                     f"{kept[-1] if kept else 'none'}; go on with --resume --name "
+                     f"{shlex.quote(s.name)}")
         if stopping:
             break
     bar.close()
     if run.step < s.steps:
         print(f"stopped after step {run.step} of {s.steps}; go on with "
               f"--resume --name {shlex.quote(s.name)}")
-        return 130 if stopping else 0
+        return 128 + stopping[0] if stopping else 0
     if not validating:
         run.model.save_pretrained(folder / "best")
     finish(s, folder, run.test)
     return 0
+
+
+def in_words(e, s):
+    """What to tell the user of an exception within a step; None where its traceback says more."""
+    if isinstance(e, (FloatingPointError, GradingError, OSError)):
+        return str(e)
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(e):
+        return (f"out of memory ({str(e).splitlines()[0][:200]}): lower --tokens-per-microbatch "
+                f"(now {s.tokens_per_microbatch}) or --rollout-rows (now {s.rollout_rows}), add "
+                "--checkpoint-activations, or lower --group-size or --max-new-tokens")
+    return None
 
 
 def finish(s, folder, test):
@@ -798,17 +797,20 @@ def finish(s, folder, test):
           f"{folder}/best {scores[1]:.1%}")
 
 
-def stop_on_ctrl_c():
-    """A list that Ctrl-C makes non-empty, so that the step under way ends; a second one leaves."""
+def stop_on_signals():
+    """A list that takes the signals that came, Ctrl-C or SIGTERM, so that the step under way ends;
+    a second Ctrl-C leaves at once."""
     stopping = []
 
     def handler(signum, frame):
-        if stopping:
-            sys.exit(130)
+        if stopping and signum == signal.SIGINT:
+            os._exit(130)
         stopping.append(signum)
-        tqdm.write("Ctrl-C: finishing this step and saving; press it again to leave at once")
+        tqdm.write(f"{signal.Signals(signum).name}: finishing this step and saving; press Ctrl-C "
+                   "to leave at once")
 
-    signal.signal(signal.SIGINT, handler)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
     return stopping
 
 
@@ -825,7 +827,7 @@ def peak_memory_gib(device):
 
 def main(argv=None):
     s, folder = read_settings(argv)
-    return train(s, folder, stop_on_ctrl_c())
+    return train(s, folder, stop_on_signals())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "stop_on_ctrl_c", lambda: [])
+    monkeypatch.setattr(train, "stop_on_signals", lambda: [])
 
 
 @pytest.fixture(scope="module")

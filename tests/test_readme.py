@@ -39,7 +39,7 @@ def test_every_flag_of_train_is_in_the_table_with_its_default():
 
 def test_the_glossary_is_exactly_what_a_run_logs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "stop_on_ctrl_c", lambda: [])
+    monkeypatch.setattr(train, "stop_on_signals", lambda: [])
     train.main(["--model", "tiny", "--steps", "1", "--validate-every", "1", "--beta", "0.1",
                 "--validation-problems", "2", "--test-problems", "0", "--reward", "noise"])
     logged = set().union(*train.read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))

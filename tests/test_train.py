@@ -29,7 +29,7 @@ NOT_REPEATABLE = ("_s", "_per_s", "_gib")  # seconds, rates and memory
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "stop_on_ctrl_c", lambda: [])  # pytest keeps its own Ctrl-C
+    monkeypatch.setattr(train, "stop_on_signals", lambda: [])  # pytest keeps its own Ctrl-C
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -65,7 +65,7 @@ def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
     folder = Path("runs/tiny-pspo-s0")
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
                                                   "curves.png", "checkpoints", "best", "test.json",
-                                                  "test.jsonl"}
+                                                  "test.jsonl", ".lock"}
     assert [row["step"] for row in metrics("tiny-pspo-s0")] == [0, 1, 2, 3, 4]
     assert [p.name for p in train.checkpoints(folder)] == ["step_2", "step_4"]
     before, after = weights("tiny"), weights(folder / "checkpoints" / "step_4")
@@ -169,7 +169,8 @@ def test_resuming_refuses_a_changed_setting_by_name(capsys):
     assert train.main(["--resume", "--model", "tiny/model"]) == 0
 
 
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed():
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(signum):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--threads", "2", "--steps", "40",
                "--name", "stopped"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -177,15 +178,32 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed():
     deadline = time.time() + 120
     while not (rows.exists() and len(train.read_rows(rows)) > 2) and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + signum, output
     assert "finishing this step" in output and "--resume --name stopped" in output
     step = metrics("stopped")[-1]["step"]
     assert train.checkpoints(Path("runs/stopped"))[-1].name == f"step_{step}" and step < 40
     run("--name", "stopped", "--steps", "40", "--threads", "2", "--resume", "--stop-after",
         str(step + 1))
     assert [row["step"] for row in metrics("stopped")] == list(range(step + 2))
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "400",
+               "--prompts-per-step", "64", "--group-size", "16"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):  # the headings: the first step runs
+            break
+    process.send_signal(signal.SIGINT)
+    for line in process.stdout:
+        if "press Ctrl-C to leave at once" in line:
+            break
+    began = time.time()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and time.time() - began < 2
 
 
 def test_only_the_newest_checkpoints_are_kept():
@@ -315,6 +333,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
         run("--objective", "noclip", "--reward", "noise")
 
 
+@pytest.mark.parametrize("broken, message", [
+    (lambda *_, **__: float("inf"), "the reward is inf for tiny/train/.* completion '"),
+    (lambda *_, **__: 1 / 0, r"grading raised ZeroDivisionError.* on tiny/train/.*completion '")])
+def test_a_reward_that_is_none_is_an_error_with_its_text(monkeypatch, broken, message):
+    monkeypatch.setattr(train, "reward", broken)
+    with pytest.raises(SystemExit, match=message):
+        run("--validate-every", "100")
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+    def broken(ratio, advantage):
+        raise RuntimeError("the size of tensor a must match")
+    monkeypatch.setitem(train.OBJECTIVES, "noclip", broken)
+    monkeypatch.setattr(train, "check_settings", lambda *_: None)
+    with pytest.raises(RuntimeError, match="the size of tensor a"):
+        run("--objective", "noclip", "--reward", "noise", "--validate-every", "100")
+
+
 # ---------------------------------------------------------------- schedules
 
 def test_the_learning_rate_by_hand():
@@ -408,23 +444,9 @@ def test_a_run_on_a_file_leaves_its_test_problems_for_evaluate():
     assert trained_on and not trained_on & {row["question"] for row in held_out}
 
 
-def test_a_damaged_checkpoint_is_named():
-    run("--stop-after", "2")
-    checkpoint = Path("runs/tiny-pspo-s0/checkpoints/step_2")
-    for file, message in (("trainer.pt", "step_2/trainer.pt is damaged; delete"),
-                          ("model.safetensors", "model.safetensors: damaged")):
-        whole = (checkpoint / file).read_bytes()
-        (checkpoint / file).write_bytes(whole[:len(whole) // 2])
-        with pytest.raises(SystemExit, match=message):
-            train.main(["--model", "tiny", "--resume"])
-        (checkpoint / file).write_bytes(whole)
-    Path("runs/tiny-pspo-s0/config.json").write_text("[]")
-    with pytest.raises(SystemExit):
-        train.main(["--model", "tiny", "--resume"])
-
-
 def test_a_run_folder_that_exists_is_refused(capsys):
     Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/thesis.tex").touch()
     with pytest.raises(SystemExit):
         train.main([*SMALL, "--name", "mine"])
     assert "runs/mine exists; continue it with --resume" in capsys.readouterr().err

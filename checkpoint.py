@@ -1,0 +1,175 @@
+"""The files of a run: checkpoints that survive a crash, rows that no step writes twice.
+
+What it does    writes a checkpoint whole or not at all, finds the newest one that is undamaged,
+                cuts the logs back to it, and lets one process at a time into a run's folder.
+What it leaves  what is in a checkpoint to train.py, the format of the model to model.py.
+Run it alone    python checkpoint.py runs/tiny-pspo-s0      checks every file of every checkpoint
+Where to fork   another store (a bucket, a second disk): `save_checkpoint` and `newest_whole`.
+
+runs/<name>/checkpoints/step_N/ holds a model folder, trainer.pt and checksums.json, the SHA-256 of
+every other file, which is written last. A folder under another name is unfinished.
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from model import read_json, write_json, write_whole
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+SUMS = "checksums.json"
+
+
+# ------------------------------------------------------------------ checkpoints
+
+def save_checkpoint(folder, model, trainer, keep):
+    """Write checkpoints/step_N/, N = trainer["step"]; only the newest `keep` stay.
+
+    model: a Qwen2. trainer: a dict that torch.load reads back with weights_only=True.
+    Raises OSError where the disk is full or cannot be written; what was there before stays.
+    """
+    final = folder / "checkpoints" / f"step_{trainer['step']}"
+    unfinished = final.with_name(final.name + ".partial")
+    try:
+        for old in (folder / "checkpoints").glob("*.partial"):  # of a run that was killed
+            shutil.rmtree(old)
+        unfinished.mkdir(parents=True)
+        needed, free = 12.5 * sum(p.numel() for p in model.parameters()), free_bytes(folder)
+        if free < needed:  # fp32 weights and both moments of AdamW
+            raise OSError(f"it needs {needed / 2**30:.3f} GiB, {free / 2**30:.3f} GiB are free")
+        model.save_pretrained(unfinished)
+        torch.save(trainer, unfinished / "trainer.pt")
+        write_json(unfinished / SUMS, {p.name: sha256(p) for p in sorted(unfinished.iterdir())})
+        for path in (*unfinished.iterdir(), unfinished, *folder.glob("*.jsonl")):
+            flush(path)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cannot write {final}: {str(e).splitlines()[0]}") from e
+    discard(final)  # one of this step that was damaged, or is made again
+    unfinished.rename(final)
+    flush(final.parent)
+    for old in checkpoints(folder)[:-keep]:
+        discard(old)
+
+
+def free_bytes(folder):
+    return shutil.disk_usage(folder).free
+
+
+def discard(path):
+    """Remove a checkpoint; killed half-way it is no longer found as one."""
+    if path.exists():
+        gone = path.rename(path.with_name(path.name + ".old.partial"))
+        shutil.rmtree(gone)
+
+
+def flush(path):
+    """Have the system write a file or a folder's list of names to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path):
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            total.update(part)
+    return total.hexdigest()
+
+
+def checkpoints(folder):
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def fault(checkpoint):
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        sums = read_json(checkpoint / SUMS)
+    except (OSError, ValueError) as e:
+        return f"{SUMS} cannot be read: {e}"
+    if "trainer.pt" not in sums or "model.safetensors" not in sums:
+        return f"{SUMS} is not whole"
+    for name, expected in sums.items():
+        try:
+            if sha256(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+        except OSError as e:
+            return f"{name} cannot be read: {e.strerror}"
+    return None
+
+
+def newest_whole(folder):
+    """The newest undamaged checkpoint, or None where the run has not come to its first one.
+
+    Damaged ones are named and left as they are. Raises ValueError where all of them are damaged.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        wrong = fault(checkpoint)
+        if not wrong:
+            return checkpoint
+        print(f"warning    {checkpoint} is damaged ({wrong}); it is left as it is, the one before "
+              "is tried", file=sys.stderr)
+    if found:
+        raise ValueError(f"--resume: every checkpoint of {folder} is damaged; start again under "
+                         "another --name, or put back a file that is named above")
+    return None
+
+
+# ------------------------------------------------------------------ rows and the lock
+
+def append_rows(path, *rows):
+    """Add rows to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path):
+    """The rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def cut_rows(path, step):
+    """Drop the rows of steps after `step`, which will be made again, and lines that are damaged."""
+    def stays(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, LookupError, TypeError):
+            return False
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            kept = list(filter(stays, file))
+        write_whole(path, "".join(kept))
+
+
+def enter(folder):
+    """Make a run's folder and hold its lock until this process ends; OSError where another has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "ab")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise OSError(f"{folder} is in use by another process; choose another --name") from e
+    return lock
+
+
+if __name__ == "__main__":
+    for run in map(Path, sys.argv[1:] or ["runs/tiny-pspo-s0"]):
+        for checkpoint in checkpoints(run):
+            print(f"{checkpoint}: {fault(checkpoint) or 'whole'}")
