@@ -18,6 +18,7 @@ import json
 import operator
 import os
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -35,6 +36,7 @@ from tqdm import tqdm
 import judge
 import rewards
 from intervals import (
+    LEAST_P,
     bootstrap,
     interval_of,
     over_seeds,
@@ -54,6 +56,7 @@ STYLE = {  # measure of one answer: (heading, format); README defines them
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
     "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}
 JUDGED = {f"judge_{aspect}": (f"judge: {aspect}", ".2f") for aspect in judge.ASPECTS}
+YES_OR_NO = (*SCORES, "format", "leakage")  # measures that are true or false of an answer
 CHUNK = 6  # chosen: answers are kept in chunks of 6 × the rows in flight; a kill costs one chunk
 
 
@@ -182,7 +185,9 @@ def read_answers(path, settings, expected, chunk):
             row = json.loads(line)
             if i == 0 and row != settings:
                 raise OSError(f"{path} holds answers under other settings; move it away")
-            if i and (row["problem"], row["sample"]) != expected[i - 1]:
+            if i and ((row["problem"], row["sample"]) != expected[i - 1] or type(row["text"]) is
+                      not str or {type(row[k]) for k in ("n_tokens", "tokens_after")} != {int}
+                      or type(row["finished"]) is not bool):
                 break
         except (ValueError, LookupError, TypeError):  # damaged; the rest is answered again
             break
@@ -233,10 +238,11 @@ def by_problem(rows, key):
 
 
 def majority(rows):
-    """1 if a problem's most frequent answer is right (the earliest of equally frequent ones)."""
-    answers = [row["answer"] for row in rows if row["answer"] is not None]
-    chosen = max(answers, key=answers.count, default=None)
-    return chosen is not None and next(r["flexible"] for r in rows if r["answer"] == chosen)
+    """Whether a problem's most frequent answer is right (the earliest of equally frequent ones).
+    Right answers count as one however they are written, wrong ones as their text."""
+    answers = [True if row["flexible"] else row["answer"] for row in rows
+               if row["flexible"] or row["answer"] is not None]
+    return max(answers, key=answers.count, default=None) is True
 
 
 def summarise(rows, samples):
@@ -266,11 +272,12 @@ def full_summary(rows, samples):
     for key in (*SCORES, "format", *STYLE, *JUDGED):
         values = [v for v in by_problem(rows, key) if v is not None]
         if values:
-            summary[key], summary[f"{key}_interval"] = statistics.fmean(values), interval_of(values)
+            interval = interval_of(values) if key in YES_OR_NO else bootstrap(values)
+            summary[key], summary[f"{key}_interval"] = statistics.fmean(values), interval
     return summary
 
 
-SEED = re.compile(r"(?<=[-_])(s|seed)[-_]?\d+(?=[-_/]|$)")
+SEED = re.compile(r"(?:(?<=[-_/])|^)(s|seed)[-_]?\d+(?=[-_/]|$)")
 
 
 def setting_of(model):
@@ -289,7 +296,9 @@ def seed_summaries(summaries):
             row = {"model": name, "data": data, "temperature": temperature, "runs": len(group)}
             for key in SCORES:
                 if key in group[0]:
-                    row[key], row[f"{key}_interval"] = over_seeds([s[key] for s in group])
+                    row[key], interval = over_seeds([s[key] for s in group])
+                    row[f"{key}_interval"] = interval and (max(interval[0], 0.0),
+                                                           min(interval[1], 1.0))
             found.append(row)
     return found
 
@@ -373,18 +382,26 @@ def seed_table(seeds):
                          **{key: cell(key, form) for key, form in SCORES.items()}})
 
 
+def p_value(row):
+    if row["p"] is None:
+        return ""
+    return "≤ 0.0001" if row["p"] == LEAST_P else format(row["p"], ".2g")
+
+
 def comparison_table(comparisons):
     """The scores, and all measures in which A and B differ anywhere."""
     def number(key, sign=""):
         return lambda row: format(row[key], sign + row["form"])
 
     def interval(row):
-        return f"[{', '.join(format(x, row['form']) for x in row['interval'] or ())}]"
-    shown = [c for c in comparisons if c["measure"] in SCORES or c["interval"] != (0, 0)]
+        ends = [format(x, row["form"]) for x in row["interval"] or ()]
+        return f"[{', '.join(ends)}]" if ends else ""
+    shown = [c for c in comparisons
+             if c["measure"] in SCORES or c["difference"] or c["interval"] not in (None, (0, 0))]
     return table(shown, {
         "data": cell("data"), "T": cell("temperature", "g"), "measure": cell("measure"),
         "A": number("a"), "B": number("b"), "B − A": number("difference", "+"),
-        "95 % interval": interval, "p": cell("p", ".2g"), "verdict": cell("verdict")})
+        "95 % interval": interval, "p": p_value, "verdict": cell("verdict")})
 
 
 def draw_accuracy(summaries, path):
@@ -394,6 +411,8 @@ def draw_accuracy(summaries, path):
     import matplotlib.pyplot as plt
     sets = list(dict.fromkeys(s["data"] for s in summaries))
     models = list(dict.fromkeys(s["model"] for s in summaries))
+    temperatures = sorted({s["temperature"] for s in summaries})
+    span = temperatures[-1] - temperatures[0] or 1.0
     figure, panels = plt.subplots(1, len(sets), figsize=(1.5 + 3.5 * len(sets), 3.6), sharey=True,
                                   squeeze=False, layout="constrained")
     for data, panel in zip(sets, panels[0]):
@@ -405,9 +424,11 @@ def draw_accuracy(summaries, path):
             low, high = zip(*(s[f"{key}_interval"] for s in found))
             errors = [[max(v - a, 0) for v, a in zip(y, low)],
                       [max(b - v, 0) for v, b in zip(y, high)]]
-            x = [s["temperature"] + 0.006 * (i - len(models) / 2) for s in found]
+            x = [s["temperature"] + 0.01 * span * (i - (len(models) - 1) / 2) for s in found]
             panel.errorbar(x, y, errors, fmt="o-", capsize=3, markersize=4, label=model)
-        panel.set(title=f"{data} ({key})", xlabel="temperature", ylim=(-0.02, 1.02))
+        panel.set(title=f"{data} ({key})", xlabel="temperature", ylim=(-0.02, 1.02),
+                  xticks=temperatures,
+                  xlim=(temperatures[0] - 0.1 * span, temperatures[-1] + 0.1 * span))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("accuracy, 95 % intervals")
     panels[0, 0].legend(frameon=False, fontsize=8)
@@ -421,10 +442,11 @@ def expand(name):
     """A model's name, or the folders that a pattern such as "runs/a-s*/best" stands for."""
     if Path(name).exists() or not glob.has_magic(name):
         return [name]
-    found = sorted(glob.glob(name))
+    found = glob.glob(name)
     if not found:
         raise ValueError(f"{name}: no folder matches this pattern")
-    return found
+    return sorted(found, key=lambda path: [int(x) if x.isdecimal() else x
+                                           for x in re.split(r"(\d+)", path)])
 
 
 def rows_that_fit(folder, device, dtype, max_new_tokens):
@@ -447,12 +469,22 @@ def rows_that_fit(folder, device, dtype, max_new_tokens):
     return min(most, 1 << fit.bit_length() - 1) if fit > 0 else 1
 
 
-def fill(path, settings, problems, model, args, progress):
-    """Answer what a cell's file lacks, a chunk at a time."""
+def longest_answers(model, name, sets, max_new_tokens):
+    """{data: tokens of an answer for which the set's longest prompt leaves room}."""
+    found = {}
+    for data, problems in sets.items():
+        try:
+            prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
+            found[data] = room_for(model, prompts, max_new_tokens)
+        except ValueError as e:
+            raise ValueError(f"{name} on {data}: {e}") from e
+    return found
+
+
+def fill(path, settings, problems, model, room, args, progress):
+    """Answer what a cell's file lacks, a chunk at a time; room: tokens of an answer."""
     samples, per_chunk = settings["samples"], settings["problems_per_chunk"]
     expected = [(p.id, g) for p in problems for g in range(samples)]
-    room = room_for(model, [build_prompt(model.tokenizer, p) for p in problems],
-                    args.max_new_tokens)
     with open(path, "ab") as lock:
         try:
             if fcntl:
@@ -460,6 +492,13 @@ def fill(path, settings, problems, model, args, progress):
         except OSError as e:
             raise OSError(f"{path} is being written by another evaluation") from e
         rows, end = read_answers(path, settings, expected, per_chunk * samples)
+        n_lost = path.read_bytes()[end:].count(b"\n") - (not end)
+        if n_lost >= per_chunk * samples:  # more than a killed process leaves
+            kept = path.with_name(path.name + ".damaged")
+            shutil.copy(path, kept)
+            print(f"warning: {path} is damaged in answer {len(rows) + 1} or soon after it; "
+                  f"{n_lost} answers are sampled again, the old file is kept as {kept}",
+                  file=sys.stderr)
         with open(path, "r+b") as file:
             file.truncate(end)
             file.seek(end)
@@ -511,13 +550,19 @@ def answer_all(args, folders, sets):
         return read_answers(path, settings, expected, chunk)[0], len(expected)
     missing = {which: n - len(rows) for which, (path, settings) in cells.items()
                for rows, n in [answers(path, settings)]}
+    n_there = sum(len(sets[which[1]]) * settings["samples"]
+                  for which, (_, settings) in cells.items()) - sum(missing.values())
+    if n_there:
+        print(f"{n_there:,} answers are in {args.out}/answers already", file=sys.stderr)
     progress = Progress(sum(missing.values()))
     for name in folders:
         model = None
         for (of, data, temperature), (path, settings) in cells.items():
             if of == name and missing[of, data, temperature]:
-                model = model or Qwen2.from_pretrained(name, args.device, args.dtype)
-                fill(path, settings, sets[data], model, args, progress)
+                if model is None:
+                    model = Qwen2.from_pretrained(name, args.device, args.dtype)
+                    room = longest_answers(model, name, sets, args.max_new_tokens)
+                fill(path, settings, sets[data], model, room[data], args, progress)
     progress.bar.close()
     if progress.seconds:
         print(f"{progress.answers:,} answers, {progress.tokens:,} tokens sampled in "
@@ -527,14 +572,12 @@ def answer_all(args, folders, sets):
             for which, (path, settings) in cells.items()}
 
 
-def ask_judge(args, answers, sets, sides):
+def ask_judge(asked, args, answers, sets, sides):
     """Add the judge's marks to the rows judged, the first sample of the first problems of each
-    cell: (its name, tallies, preferences, disputes).
+    cell: (tallies, preferences, disputes).
 
     preferences: {(data, temperature): for each pair of runs the list of B's scores in both orders}.
     """
-    asked = judge.make_judge(args.judge, args.judge_name, args.device, args.dtype,
-                             per_minute=args.judge_per_minute, timeout_s=args.judge_timeout)
     path = args.out / "judge.jsonl"
     question = {(data, p.id): p.question for data, problems in sets.items() for p in problems}
     chosen = {which: [row for row in rows if row["sample"] == 0][:args.judge_problems]
@@ -556,7 +599,7 @@ def ask_judge(args, answers, sets, sides):
             tallies[f"preferences {a} | {b}, {data}, T {temperature:g}"] = tally
             flips |= {(data, temperature, row["problem"]) for row, outcome in zip(rows_a, outcomes)
                       if outcome and outcome[0] != outcome[1]}
-    return asked.name, tallies, preferences, disputes(chosen, question, flips)
+    return tallies, preferences, disputes(chosen, question, flips)
 
 
 def disputes(chosen, question, flips, n=20):
@@ -617,7 +660,7 @@ def verdicts(args, comparisons):
         if c["measure"] in SCORES:
             between = "" if c["interval"] is None else " [{:+.1f}, {:+.1f}]".format(
                 *(100 * x for x in c["interval"]))
-            p = f", p {c['p']:.2g}" if c["p"] is not None else ""
+            p = f", p {p_value(c)}" if c["p"] is not None else ""
             lines.append(f"{c['data']}, T {c['temperature']:g}: {c['verdict']}: "
                          f"{c['measure']} {c['a']:.1%} of {args.compare[0]}, {c['b']:.1%} of "
                          f"{args.compare[1]}, {100 * c['difference']:+.1f} points{between}{p}")
@@ -625,13 +668,19 @@ def verdicts(args, comparisons):
 
 
 def evaluate(args):
-    """Answer, judge, summarise, compare; write the tables and the figure: (text, verdicts)."""
+    """Answer, judge, and what `write_results` does: (text, verdicts)."""
     sides = [expand(name) for name in args.compare or ()]
     sizes = [len(side) for side in sides]
     if sides and min(sizes) == 1 != max(sizes) or args.judge and len(set(sizes)) > 1:
         raise ValueError(f"--compare: A is {sizes[0]} run(s) and B {sizes[1]}; give one run each "
                          "or several each, with --judge as many")
-    models = dict.fromkeys([m for name in args.models for m in expand(name)] + sum(sides, []))
+    others = [m for name in args.models for m in expand(name)]
+    if sides and (both := set(sides[0]) & set(sides[1])) and sides[0] != sides[1]:
+        raise ValueError(f"--compare: {', '.join(sorted(both))} is on both sides")
+    if sizes == [1, 1] and len({setting_of(m) for m in (*args.compare, *others)}) == 1 and others:
+        raise ValueError("--compare: A, B and the models before it are runs of one setting; quote "
+                         "patterns, as in --compare 'runs/a-s*/best' 'runs/b-s*/best'")
+    models = dict.fromkeys(others + sum(sides, []))
     folders = {name: model_folder(name) for name in models}  # a wrong name shows at once
     if args.judge and not judge.is_address(args.judge):
         model_folder(args.judge)
@@ -642,10 +691,24 @@ def evaluate(args):
     sets = {data: rewards.load_problems(data, args.split)[:args.limit] for data in args.data}
     dropped = {data: left_out for data in sets
                if (left_out := rewards.read_problems(data, args.split)[1])}
-    answers = answer_all(args, folders, sets)
-    judged_by, tallies, preferences, disputed = "", {}, {}, []
+    asked = None
     if args.judge:
-        judged_by, tallies, preferences, disputed = ask_judge(args, answers, sets, sides)
+        settings = json.loads(args.judge_body), args.judge_per_minute, args.judge_timeout
+        asked = judge.make_judge(args.judge, args.judge_name, args.device, args.dtype, *settings)
+        asked.try_out()  # before hours of sampling
+    answers = answer_all(args, folders, sets)
+    about = {"sets": sets, "sides": sides, "dropped": dropped}
+    if asked:  # what is there should the judge fail
+        write_results(args, answers, **about)
+        said = ask_judge(asked, args, answers, sets, sides)
+        return write_results(args, answers, asked.name, *said, **about)
+    return write_results(args, answers, **about)
+
+
+def write_results(args, answers, judged_by="", tallies=(), preferences=(), disputed=(), *, sets,
+                  sides, dropped):
+    """Summarise and compare; write the tables, every grade and the figure: (text, verdicts)."""
+    tallies, preferences = dict(tallies), dict(preferences)
     summaries = [{"model": name, "data": data, "temperature": temperature,
                   **full_summary(rows, len(rows) // len(sets[data]))}
                  for (name, data, temperature), rows in answers.items()]
@@ -671,6 +734,9 @@ def evaluate(args):
          "judge": {"name": judged_by, "prompt_version": judge.PROMPT_VERSION, **tallies},
          "dropped": dropped, "not_graded": len(rewards.ungraded)}, indent=2) + "\n")
     write_whole(args.out / "results.md", text + "\n")
+    write_whole(args.out / "graded.jsonl", "".join(
+        json.dumps({"model": name, "data": data, "temperature": temperature, **row}) + "\n"
+        for (name, data, temperature), rows in answers.items() for row in rows))
     draw_accuracy(summaries, args.out / "accuracy.png")
     judge.dispute_sheet(disputed, args.out / "disputed.md")
     return text, verdicts(args, comparisons)
@@ -693,6 +759,8 @@ def make_parser():
     add("--judge", default=None, help="model folder or hub name, or the URL of an "
         "OpenAI-compatible endpoint (key in OPENAI_API_KEY)")
     add("--judge-name", default=None, help="the model at that URL")
+    add("--judge-body", default="{}", help="JSON of more or other fields of its requests; null "
+        "takes one away: '{\"max_tokens\": null, \"max_completion_tokens\": 500}'")
     add("--judge-problems", type=int, default=100, help="of each set, one answer each")
     add("--judge-per-minute", type=float, default=0, help="requests at most; 0: no limit")
     add("--judge-timeout", type=float, default=120.0, help="seconds for one request")
@@ -714,6 +782,13 @@ def main(argv=None):
         parser.error("--judge is a URL; name the model there with --judge-name")
     if not args.models and not args.compare:
         parser.error("name one or more models, or two with --compare")
+    try:
+        if not isinstance(json.loads(args.judge_body), dict):
+            raise ValueError("no object")
+    except ValueError as e:
+        parser.error(f"--judge-body is {args.judge_body}; expected a JSON object ({e})")
+    if args.judge_per_minute < 0 or args.judge_name and not args.judge:
+        parser.error("--judge-per-minute expects 0 or more, --judge-name goes with --judge URL")
     for flag in ("samples", "rollout_rows", "limit", "judge_problems", "judge_timeout"):
         value = getattr(args, flag)
         if value is not None and not value > 0:
@@ -733,7 +808,7 @@ def main(argv=None):
         print(f"\nstopped; the same command goes on from what is in {args.out}", file=sys.stderr)
         sys.exit(130)
     print("\n".join([text, "", *lines, *[""] * bool(lines), f"wrote {args.out}/results.md, "
-                     "results.json, accuracy.png and, one file a cell, answers/"]))
+                     "results.json, graded.jsonl, accuracy.png and, one file a cell, answers/"]))
 
 
 if __name__ == "__main__":

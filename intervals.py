@@ -67,7 +67,7 @@ def welch(a, b):
     """(mean(b) − mean(a), 95 % interval) of two lists of runs with spreads of their own; None as
     interval where neither has any."""
     va, vb = (statistics.variance(x) / len(x) for x in (a, b))
-    difference = statistics.fmean(b) - statistics.fmean(a)
+    difference = round(statistics.fmean(b) - statistics.fmean(a), 12)  # no -0.0% of dust
     if va + vb == 0:
         return difference, None
     df = (va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
@@ -82,7 +82,11 @@ def mcnemar(only_a, only_b):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def sign_flips(differences, n_flips=10_000):
+N_FLIPS = 10_000
+LEAST_P = 1 / (1 + N_FLIPS)
+
+
+def sign_flips(differences, n_flips=N_FLIPS):
     """Two-sided p of paired differences: how often random signs give as large a sum; McNemar's
     where all are −1, 0 or 1. A bootstrap alone calls four differences out of four significant."""
     d = torch.tensor([x for x in differences if x], dtype=torch.float64)

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import sys
 import threading
 import time
 import urllib.error
@@ -118,6 +119,9 @@ class LocalJudge:
         self.name = f"{name} ({fingerprint(model_folder(name))[:12]}, {dtype})"
         self.model, self.batch = Qwen2.from_pretrained(name, device, dtype), batch
 
+    def try_out(self):
+        """Nothing: it is loaded."""
+
     def ask(self, prompts, attempt):
         """Yield (index, reply or None, tokens read, tokens written, fault) for each prompt."""
         from rollout import generate
@@ -153,10 +157,12 @@ class Endpoint:
     model (401, 403, 404) is a ValueError.
     """
 
-    def __init__(self, url, model, parallel=4, per_minute=0, timeout_s=120.0, patience_s=1.0):
+    def __init__(self, url, model, body=(), per_minute=0, timeout_s=120.0, parallel=4,
+                 patience_s=1.0):
         url = url.rstrip("/")
         self.url = url if url.endswith("/chat/completions") else url + "/chat/completions"
-        self.model, self.name = model, f"{model} at {url}"
+        self.model, self.body = model, dict(body)  # fields of the request; None leaves one out
+        self.name = f"{model} at {url}" + f" with {json.dumps(body)}" * bool(body)
         self.parallel, self.timeout_s, self.patience_s = parallel, timeout_s, patience_s
         self.pause_s, self.next_start = 60 / per_minute if per_minute else 0.0, 0.0
         self.lock, self.stopped = threading.Lock(), threading.Event()
@@ -174,6 +180,12 @@ class Endpoint:
             pool.shutdown(wait=True, cancel_futures=True)
             self.stopped.clear()
 
+    def try_out(self):
+        """One request; ValueError where no reply comes."""
+        for _, reply, _, _, why in self.ask([single_prompt("What is 2 + 3?", "2+3=5\n#### 5")], 0):
+            if reply is None:
+                raise ValueError(f"{self.name} does not answer: {why}")
+
     def fetch(self, request):
         """The body of the response, within `timeout_s` even where it comes byte by byte."""
         ends, body = time.monotonic() + self.timeout_s, b""
@@ -188,6 +200,7 @@ class Endpoint:
         body = {"model": self.model, "temperature": 0.7 if attempt else 0.0, "seed": attempt,
                 "max_tokens": REPLY_TOKENS, "messages": [{"role": "system", "content": SYSTEM},
                                                          {"role": "user", "content": prompt}]}
+        body = {key: v for key, v in (body | self.body).items() if v is not None}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -237,10 +250,10 @@ def is_address(name):
     return name.startswith(("http://", "https://"))
 
 
-def make_judge(name, model, device, dtype, **settings):
-    """The judge of --judge: an Endpoint for a URL, else a LocalJudge."""
+def make_judge(name, model, device, dtype, *settings):
+    """The judge of --judge: an Endpoint (`settings` are its own) for a URL, else a LocalJudge."""
     if is_address(name):
-        return Endpoint(name, model, **settings)
+        return Endpoint(name, model, *settings)
     return LocalJudge(name, device, dtype)
 
 
@@ -299,11 +312,15 @@ def consult(judge, prompts, read, path, label):
                     continue
                 file.write(json.dumps(
                     {"key": key(new[i], attempt), "judge": judge.name, "attempt": attempt,
-                     "prompt_version": PROMPT_VERSION, "reply": reply, "tokens_read": n_tokens[0],
-                     "tokens_written": n_tokens[1]}) + "\n")
+                     "prompt_version": PROMPT_VERSION, "prompt": new[i], "reply": reply,
+                     "tokens_read": n_tokens[0], "tokens_written": n_tokens[1]}) + "\n")
                 file.flush()
                 settle(new[i], reply, *n_tokens)
     bar.close()
+    if prompts and not values:
+        print(f"warning: {judge.name} said nothing that counts: {tally['unreadable_replies']} "
+              f"replies are not the JSON asked for (see {path}), {len(silent)} did not come",
+              file=sys.stderr)
     tally |= {"judged": len(values), "no_reply": len(silent - set(values)),
               "faults": dict(faults.most_common(3))}
     tally["unreadable"] = len(prompts) - tally["judged"] - tally["no_reply"]

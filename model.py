@@ -386,7 +386,7 @@ def read_json(path):
     """The JSON object in a file; ValueError where there is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise ValueError(f"{path}: expected a JSON file, found: {e}") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -116,7 +116,11 @@ def read_problems(name_or_path, split="test"):
         if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
             raise ValueError(f"{source}, {place}: column {answer_column} holds {answer!r:.40}; "
                              "expected text or a number")
-        question = " ".join(str(row[c]).strip() for c in columns)
+        parts = [row[c] for c in columns]
+        if not all(isinstance(part, str) and not SURROGATE.search(part) for part in parts):
+            raise ValueError(f"{source}, {place}: column {', '.join(columns)} holds {parts!r:.80}; "
+                             "expected text")
+        question = " ".join(part.strip() for part in parts)
         gold = str(answer).rpartition("####")[2].strip()
         number = _gold_number(gold)
         if number:
@@ -156,8 +160,8 @@ def _file_rows(path):
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                detail = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep
+                detail = getattr(error, "msg", "not UTF-8, a number too long or nested too deep")
                 raise ValueError(f"{path}, line {n}: not JSON, expected one object a line: "
                                  f"{detail}") from error
             if not isinstance(row, dict):
@@ -321,6 +325,7 @@ NUMBER = re.compile(rf"""  # 18  -1,234.5  $18  .5  1e3  5/2  2 1/2  50%  50 per
 # "30°", "5 miles per hour"; not "6th", "3 p.m.", "2k".
 UNIT = re.compile(r"°?(?:\s*\([^()]*\)|(?:\s+(?!(?:[ap]\.?m|pi|o'clock)\b)[^\W\d_]{2}"
                   r"[\w./'²³-]*)+)?\.?")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 LATEX_MARKS = re.compile(r"[\\^]|^\$.*\$$")
 FRACTION = re.compile(r"\\[dt]?frac\{(-?[0-9.]+)\}\{([0-9.]+)\}")
 PLAIN_SPELLING = [("\u2212", "-"), ("\u2013", "-"), ("\u00a0", " "), ("\u202f", " "),

@@ -658,6 +658,8 @@ def check_sampling(parser, args):
             parser.error(f"--temperature is {temperature}; expected 0 (greedy) or more")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p is {args.top_p}; expected a value in (0, 1]")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is {args.seed}; expected 0 to 2⁶³ − 1")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +130,8 @@ def test_the_majority_is_the_most_frequent_answer_the_first_of_equals():
     assert evaluate.majority(votes("5", "7", "5", "7", "5")) and evaluate.majority(votes("5", "7"))
     assert not evaluate.majority(votes("7", "5"))
     assert not evaluate.majority(votes("5", "7", "7")) and not evaluate.majority(votes(None, None))
+    halves = [row("a", True, answer=x) for x in ("1/2", "0.5", "50%")]
+    assert evaluate.majority([*votes("3", "3"), *halves])  # right answers count as one
     assert evaluate.majority(votes(None, None, "5"))  # no answer is no vote
 
 
@@ -168,7 +169,7 @@ def test_runs_with_several_seeds_count_once_each():
         {"model": "other", "data": "d", "temperature": 0.0, "strict": 1.0, "flexible": 1.0}]
     (group,) = evaluate.seed_summaries(summaries)
     assert group["model"] == "r-s*" and group["runs"] == 2 and group["flexible"] == 0.6
-    assert group["flexible_interval"] == intervals.over_seeds([0.5, 0.7])[1]
+    assert group["flexible_interval"] == (0, 1)  # ± 12.7 standard errors, cut to what can be
 
 
 # ------------------------------------------------------------------ style
@@ -265,7 +266,9 @@ def test_what_is_finished_is_not_repeated_and_what_changed_is(monkeypatch):
 
 
 def test_a_file_of_answers_cut_anywhere_gives_its_whole_chunks():
-    settings, rows = {"settings": 1}, [{"problem": f"p/{i}", "sample": 0} for i in range(7)]
+    settings = {"settings": 1}
+    rows = [{"problem": f"p/{i}", "sample": 0, "text": "", "n_tokens": 1, "tokens_after": 0,
+             "finished": True} for i in range(7)]
     expected = [(f"p/{i}", 0) for i in range(7)]
     lines = [json.dumps(line).encode() + b"\n" for line in [settings, *rows]]
     ends = [len(b"".join(lines[:n + 1])) for n in range(8)]
@@ -278,7 +281,8 @@ def test_a_file_of_answers_cut_anywhere_gives_its_whole_chunks():
         assert found == (rows[:n], ends[n] if n else 0)
     with pytest.raises(OSError, match="under other settings"):
         evaluate.read_answers(path, {"settings": 2}, expected, 3)
-    for damage in (b"gar\xffbage\n", b"[]\n", b'{"problem": "p/9", "sample": 0}\n'):
+    for damage in (b"gar\xffbage\n", b"[]\n", b'{"problem": "p/9", "sample": 0}\n',
+                   b'{"problem": "p/4", "sample": 0}\n', lines[5].replace(b'""', b"null")):
         path.write_bytes(b"".join(lines[:5]) + damage + b"".join(lines[6:]))
         assert evaluate.read_answers(path, settings, expected, 3) == (rows[:3], ends[3])
     assert evaluate.read_answers(Path("none"), settings, expected, 3) == ([], 0)
@@ -290,8 +294,22 @@ def test_two_evaluations_do_not_write_one_file():
     with open("answers.jsonl", "ab") as other:
         evaluate.fcntl.flock(other, evaluate.fcntl.LOCK_EX)
         with pytest.raises(OSError, match="is being written by another evaluation"):
-            evaluate.fill(Path("answers.jsonl"), settings, problems, model,
-                          SimpleNamespace(max_new_tokens=9), None)
+            evaluate.fill(Path("answers.jsonl"), settings, problems, model, 9, None, None)
+
+
+def test_a_damaged_file_of_answers_is_kept_and_said(capsys):
+    flags = ["tiny", "--data", "tiny", "--device", "cpu", "--limit", "9", "--rollout-rows", "1",
+             "--max-new-tokens", "8"]
+    evaluate.main(flags)
+    (path,) = Path("evaluations/answers").iterdir()
+    whole, expected = path.read_bytes(), table_of("evaluations")
+    damaged = whole.replace(b'"tiny/test/1"', b'"tiny/test/x"')
+    path.write_bytes(damaged)
+    evaluate.main(flags)
+    assert "is damaged in answer 1 or soon after it; 9 answers are sampled again" in \
+        capsys.readouterr().err
+    assert Path(f"{path}.damaged").read_bytes() == damaged
+    assert path.read_bytes() == whole and table_of("evaluations") == expected
 
 
 def test_killed_at_ten_moments_it_ends_with_the_same_table():
@@ -333,13 +351,18 @@ def test_compare_says_what_is_shown_and_what_is_not(capsys):
     assert "tiny, T 1: B lower: flexible" in capsys.readouterr().out
     comparison = json.loads(Path("evaluations/results.json").read_text())["comparison"]
     assert {"flexible", "format", "tokens", "leakage"} <= {c["measure"] for c in comparison}
-    for name in ("same-s0", "same-s1", "broken-s0", "broken-s1"):
+    for name in ("same-s0", "same-s1", "same-s2", "broken-s0", "broken-s1"):
         Path(name).symlink_to(name[:-3])
     evaluate.main(["--compare", "same-s*", "broken-s*", *flags])
     shown = capsys.readouterr().out
     assert "Over seeds, each run one value" in shown and "| same-s* " in shown
-    with pytest.raises(SystemExit, match="A is 1 run.s. and B 2; give one run each or several"):
-        evaluate.main(["--compare", "tiny", "same-s*", *flags])
+    for wrong, message in (
+            (["tiny", "same-s*"], "A is 1 run.s. and B 3; give one run each or several"),
+            (["same-s*", "*-s?"], "same-s0, same-s1 is on both sides"),
+            # an unquoted pattern, as the shell hands it over
+            (["same-s0", "same-s1", "same-s2"], "are runs of one setting; quote patterns")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main([*wrong[2:], "--compare", *wrong[:2], *flags])
 
 
 def test_batches_change_no_answer():
@@ -411,6 +434,9 @@ def test_what_leaves_no_room_or_exists_is_refused(capsys):
                            (["tiny", "--temperature", "-1"], "--temperature is -1.0; expected 0"),
                            (["tiny", "--samples", "0"], "--samples is 0; expected 1 or more"),
                            (["tiny", "--sample", "3"], "unrecognized arguments"),
+                           (["tiny", "--seed", str(2**63)], "expected 0 to 2"),
+                           (["tiny", "--judge-body", "[1]"], "expected a JSON object"),
+                           (["tiny", "--judge-name", "x"], "--judge-name goes with --judge"),
                            (["tiny", "--judge", "http://127.0.0.1:9/v1"],
                             "name the model there with --judge-name"),
                            ([], "name one or more models")):

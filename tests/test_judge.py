@@ -204,6 +204,35 @@ def test_the_key_comes_from_the_environment_and_a_refusal_ends_it(server, tmp_pa
         judge.mark_answers(endpoint(server), ["q"] * 9, list("abcdefghi"), tmp_path / "k")
 
 
+def test_fields_of_the_request_can_be_changed(server, tmp_path):
+    said = endpoint(server, body={"max_tokens": None, "max_completion_tokens": 9})
+    judge.mark_answers(said, ["q"], ["a"], tmp_path / "j")
+    assert "max_tokens" not in server.bodies[0] and server.bodies[0]["max_completion_tokens"] == 9
+
+
+def test_a_judge_that_fails_costs_no_table(server, monkeypatch):
+    flags = ["tiny", "--data", "tiny", "--limit", "12", "--judge", server.url, "--judge-name", "m"]
+
+    class Refusing(Handler):
+        def do_POST(self):
+            self.send(401 if server.seen["401"] else 200, json.dumps(
+                {"choices": [{"message": {"content": "yes"}}]}).encode())
+            server.seen["401"] += 1
+    server.RequestHandlerClass = Refusing
+    with pytest.raises(SystemExit, match="refuses the request .HTTP 401"):
+        evaluate.main(flags)
+    assert "| tiny " in Path("evaluations/results.md").read_text()
+    with pytest.raises(SystemExit, match="refuses the request .HTTP 401"):
+        evaluate.main([*flags, "--out", "other"])  # tried out before anything is sampled
+    assert not Path("other").exists()
+
+
+def test_a_judge_that_says_nothing_that_counts_is_warned_about(server, tmp_path, capsys):
+    judge.mark_answers(endpoint(server), ["q"], ["behave:prose"], tmp_path / "j")
+    assert "said nothing that counts: 3 replies are not the JSON" in capsys.readouterr().err
+    assert json.loads((tmp_path / "j").read_text().splitlines()[0])["prompt"].count("behave") == 1
+
+
 def test_a_redirect_does_not_carry_the_key_away(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     other = Server()

@@ -351,6 +351,8 @@ GOOD = {"question": "a?", "answer": "2"}
      r"bad\.jsonl, line 2: no column answer; expected question and answer, found question, sol"),
     ([{"answer": "2"}], r"bad\.jsonl, line 1: no column question; .* found answer"),
     ([{"question": "a?", "answer": None}], r"line 1: column answer holds None; expected text or"),
+    ([{"question": None, "answer": "1"}], r"line 1: column question holds \[None\]; expected text"),
+    ([{"question": "\ud800", "answer": "1"}], r"line 1: column question holds .*; expected text"),
     ([], r"bad\.jsonl: none of its 0 rows"),
     ([{"question": "a?", "answer": "Tom"}], r"bad\.jsonl: none of its 1 rows")])
 def test_a_bad_file_is_refused_with_file_and_line(tmp_path, rows, message):
