@@ -358,7 +358,7 @@ def test_compare_says_what_is_shown_and_what_is_not(capsys):
     assert "Over seeds, each run one value" in shown and "| same-s* " in shown
     for wrong, message in (
             (["tiny", "same-s*"], "A is 1 run.s. and B 3; give one run each or several"),
-            (["same-s*", "*-s?"], "same-s0, same-s1 is on both sides"),
+            (["same-s*", "*-s?"], "same-s0, same-s1, same-s2 is on both"),
             # an unquoted pattern, as the shell hands it over
             (["same-s0", "same-s1", "same-s2"], "are runs of one setting; quote patterns")):
         with pytest.raises(SystemExit, match=message):
