@@ -1,4 +1,4 @@
-"""GR-PSPO: sample → score → advantages → update → log, on one device.
+"""GR-PSPO: sample → score → advantages → update → log, on one device or several.
 
 What it does    reinforcement learning of a Qwen2.5 model on word problems with the smoothed,
                 clipped or plain importance ratio, from the first prompt to the best checkpoint.
@@ -47,6 +47,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+import parallel
 from checkpoint import (
     append_rows,
     checkpoints,
@@ -56,7 +57,7 @@ from checkpoint import (
     read_rows,
     save_checkpoint,
 )
-from evaluate import answer, grade, summarise
+from evaluate import answer, grade, sample_answers, summarise
 from model import DTYPES, Qwen2, read_json, write_json, write_whole
 from objectives import (
     OBJECTIVES,
@@ -68,7 +69,7 @@ from objectives import (
     reduction_weights,
 )
 from rewards import MODES, SETS, build_prompt, load_problems, reward
-from rollout import FlatBatch, check_sampling, flat_batch, generate
+from rollout import FlatBatch, Rollout, check_sampling, flat_batch, generate
 
 HERE = Path(__file__).resolve().parent
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
@@ -258,7 +259,8 @@ def lay_out(rollout, advantage_PG, s, device):
     """The minibatches of a rollout, each a list of micro-batches; built once, used every epoch.
 
     The weights are those of all completions of a minibatch; groups without advantages are left out
-    afterwards (deviation 3). Groups fill a micro-batch up to `tokens_per_microbatch`.
+    afterwards (deviation 3), of the others each process takes every n-th. Groups fill a micro-batch
+    up to `tokens_per_microbatch`.
     """
     P, G, n = len(rollout.prompts), rollout.group_size, len(rollout.prompts) // s.minibatches
     length_B = torch.tensor([len(ids) for ids in rollout.completions])
@@ -267,9 +269,8 @@ def lay_out(rollout, advantage_PG, s, device):
     minibatches = []
     for first in range(0, P, n):
         packs, n_tokens = [], 0  # the prompts of each micro-batch; the tokens of the last one
-        for p in range(first, first + n):
-            if s.beta == 0 and not advantage_PG[p].any():
-                continue
+        trained = [p for p in range(first, first + n) if s.beta > 0 or advantage_PG[p].any()]
+        for p in trained[parallel.rank()::parallel.n_processes()]:
             size = len(rollout.prompts[p]) + int(length_B[p * G:p * G + G].sum())
             if not packs or n_tokens + size > s.tokens_per_microbatch:
                 packs.append([])
@@ -322,8 +323,8 @@ def update(run, minibatches, s):
     for epoch in range(s.epochs):
         for minibatch in minibatches:
             run.state["optimizer_steps"] += 1
-            if not minibatch:
-                run.state["skipped_steps"] += 1
+            skipped = not parallel.anybody(minibatch)
+            run.state["skipped_steps"] += skipped
             for micro in minibatch:
                 first_pass = micro.old_logp_M is None
 
@@ -345,13 +346,14 @@ def update(run, minibatches, s):
                 if first_pass:
                     micro.old_logp_M = logp_M
                     seen.entropies.append(entropy_M)
-            if minibatch:
+            if not skipped:
                 seen.norms.append(optimizer_step(run, s))
     return seen
 
 
 def optimizer_step(run, s):
-    """One step of AdamW on the gradients at hand; returns their norm before the limit."""
+    """One step of AdamW on the gradients of all processes; returns their norm before the limit."""
+    parallel.sum_gradients(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.max_grad_norm)
     if not norm.isfinite():
         raise FloatingPointError(f"the gradient norm is {norm.item()} (a lower --learning-rate or "
@@ -364,20 +366,25 @@ def optimizer_step(run, s):
 
 
 def update_metrics(seen, minibatches, s):
-    """Metrics over the tokens that were trained on; none where every group was equal."""
+    """Metrics over the tokens that all processes trained on; none where every group was equal."""
     everything = [micro for minibatch in minibatches for micro in minibatch]
-    if not everything:
+
+    def whole(tensors):
+        mine = torch.cat(tensors).cpu() if tensors else torch.empty(0)
+        return torch.cat(parallel.gather(mine))
+    old_M = whole([micro.old_logp_M for micro in everything])
+    sampler_M = whole([micro.sampler_logp_M for micro in everything])
+    advantage_M = whole([micro.advantage_M for micro in everything])
+    weight_M = whole([micro.weight_M for micro in everything])
+    log_ratio_M, entropy_M, kl_M = map(whole, (seen.log_ratios, seen.entropies, seen.kls))
+    if not len(old_M):
         return {}
-    old_M = torch.cat([micro.old_logp_M for micro in everything])
-    gap_M = (old_M - torch.cat([micro.sampler_logp_M for micro in everything])).abs()
-    norms = torch.stack(seen.norms)
-    metrics = ratio_diagnostics(torch.cat(seen.log_ratios),
-                                torch.cat([micro.advantage_M for micro in everything]),
-                                torch.cat([micro.weight_M for micro in everything]))
-    if seen.kls:
-        metrics["kl_reference"] = torch.cat(seen.kls).mean().item()
+    gap_M, norms = (old_M - sampler_M).abs(), torch.stack(seen.norms)
+    metrics = ratio_diagnostics(log_ratio_M, advantage_M, weight_M)
+    if len(kl_M):
+        metrics["kl_reference"] = kl_M.mean().item()
     return metrics | {
-        "entropy": torch.cat(seen.entropies).mean().item(),
+        "entropy": entropy_M.mean().item(),
         "sampler_gap_mean": gap_M.mean().item(), "sampler_gap_p99": gap_M.quantile(0.99).item(),
         "gradient_norm": norms.mean().item(),
         "gradient_limited": (norms > s.max_grad_norm).double().mean().item()}
@@ -429,6 +436,7 @@ def describe_run(s):
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     device = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "cpu"
     return {"commit": git.stdout.strip() or None, "device_name": device,
+            "processes": parallel.n_processes(),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "transformers": transformers.__version__}}
 
@@ -604,11 +612,13 @@ class GradingError(Exception):
     """A reward that is no number, or a grader that raised: an error of the code, not a zero."""
 
 
-def score(rollout, problems, tokenizer, s, step):
-    """Grade a rollout: rows as evaluate.grade makes them, reward_PG, and the metrics of both."""
-    G = rollout.group_size
+def graded(rollout, problems, tokenizer, s, step, first=0):
+    """Rows as evaluate.grade makes them, with their reward. first: number of the first group, every
+    n-th of which this process has."""
     rows = grade(rollout, problems, tokenizer)
-    for b, row in enumerate(rows):
+    for i, row in enumerate(rows):
+        group, sample = divmod(i, rollout.group_size)
+        b = (first + group * parallel.n_processes()) * rollout.group_size + sample
         try:
             row["reward"] = reward(row["text"], row["gold"], row["finished"], s.reward,
                                    key=(s.seed, step, b))
@@ -618,9 +628,39 @@ def score(rollout, problems, tokenizer, s, step):
         if not math.isfinite(row["reward"]):
             raise GradingError(f"the reward is {row['reward']} for {row['problem']}, gold "
                                f"{row['gold']!r}, completion {row['text']!r:.2000}")
-    reward_PG = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
+    return rows
+
+
+def sample_and_grade(run, s, step, chosen):
+    """The rollout of the chosen problems and its rows; each process makes every n-th group, all
+    have all of them in the end."""
+    first, n = parallel.rank(), parallel.n_processes()
+    mine = chosen[first::n]
+    rollout = Rollout([], [], [], [], s.group_size, 0.0)
+    if mine:
+        rollout = generate(run.model, [run.prompts[i] for i in mine], s.group_size,
+                           s.max_new_tokens, s.temperature, s.top_p, s.seed, step,
+                           prompt_keys=mine, max_rows=s.rollout_rows,
+                           progress=None if first else "sampling")
+    rows = graded(rollout, [run.problems[i] for i in mine], run.model.tokenizer, s, step, first)
+    if n == 1:
+        return rollout, rows
+
+    def by_group(x):
+        return [x[i:i + s.group_size] for i in range(0, len(x), s.group_size)]
+    own = rollout.prompts, *map(by_group, (rollout.completions, rollout.logps, rollout.finished,
+                                           rows))
+    prompts, *groups = map(parallel.interleave, zip(*parallel.gather(own)))
+    completions, logps, finished, rows = ([x for group in part for x in group] for part in groups)
+    return Rollout(prompts, completions, logps, finished, s.group_size, rollout.seconds), rows
+
+
+def reward_metrics(rollout, rows):
+    """(reward_PG, metrics) of a whole rollout."""
+    reward_PG = torch.tensor([row["reward"] for row in rows],
+                             dtype=torch.float64).view(-1, rollout.group_size)
     finished = [row["n_tokens"] for row in rows if row["finished"]]
-    return rows, reward_PG, {
+    return reward_PG, {
         "reward_mean": reward_PG.mean().item(),
         "reward_se": reward_PG.mean(1).std().nan_to_num().item() / len(reward_PG)**0.5,
         "accuracy": mean(row["flexible"] for row in rows),
@@ -628,16 +668,23 @@ def score(rollout, problems, tokenizer, s, step):
         "length_mean": rollout.n_tokens / len(rows),
         "length_finished": mean(finished), "truncated": 1 - len(finished) / len(rows),
         "equal_groups": (reward_PG == reward_PG[:, :1]).all(1).double().mean().item(),
-        "sample_s": rollout.seconds, "sample_tokens_per_s": rollout.n_tokens / rollout.seconds}
+        "sample_s": rollout.seconds,
+        "sample_tokens_per_s": rollout.n_tokens / max(rollout.seconds, 1e-9)}
 
 
 def validate(run, s):
-    """Mean reward and accuracy on the validation problems, sampled as in training."""
-    rows = answer(run.model, run.validation, s.validation_samples, s.temperature, s.top_p,
-                  s.max_new_tokens, s.seed, VALIDATION_STEP, s.rollout_rows, progress="validation")
-    rewards = [reward(row["text"], row["gold"], row["finished"], s.reward, key=b)
-               for b, row in enumerate(rows)]
-    return {"validation_reward": mean(rewards),
+    """Mean reward and accuracy on the validation problems, sampled as in training; each process
+    answers every n-th."""
+    first, n = parallel.rank(), parallel.n_processes()
+    problems, rows = run.validation[first::n], []
+    if problems:
+        rollout = sample_answers(run.model, problems, s.validation_samples, s.temperature, s.top_p,
+                                 s.max_new_tokens, s.seed, VALIDATION_STEP, s.rollout_rows,
+                                 range(first, len(run.validation), n),
+                                 None if first else "validation")
+        rows = graded(rollout, problems, run.model.tokenizer, s, VALIDATION_STEP, first)
+    rows = [row for part in parallel.gather(rows) for row in part]
+    return {"validation_reward": math.fsum(row["reward"] for row in rows) / len(rows),
             "validation_accuracy": mean(row["flexible"] for row in rows),
             "validation_format_rate": mean(row["format"] for row in rows)}
 
@@ -646,10 +693,8 @@ def one_step(run, s, step):
     """Sample → score → advantages → update: (metrics, graded rows with their advantages)."""
     chosen = prompt_order(len(run.problems), s.prompts_per_step, step, s.seed)
     problems = [run.problems[i] for i in chosen]
-    rollout = generate(run.model, [run.prompts[i] for i in chosen], s.group_size, s.max_new_tokens,
-                       s.temperature, s.top_p, s.seed, step, prompt_keys=chosen,
-                       max_rows=s.rollout_rows, progress="sampling")
-    rows, reward_PG, metrics = score(rollout, problems, run.model.tokenizer, s, step)
+    rollout, rows = sample_and_grade(run, s, step, chosen)
+    reward_PG, metrics = reward_metrics(rollout, rows)
     advantage_PG = group_advantages(reward_PG, s.advantage_scale).float()
     minibatches = lay_out(rollout, advantage_PG, s, run.model.device)
     if step == 1 and any(minibatches):
@@ -678,52 +723,66 @@ def one_step(run, s, step):
 
 
 def begin(s, folder):
-    """Prepare a run and its folder; ends the process, in one line, where that cannot be."""
+    """Prepare a run and its folder; ends the process, in one line, where that cannot be. Of several
+    processes the first one writes and the others begin when it has."""
     torch.set_num_threads(s.threads)
+    settings, s.device = dict(vars(s)), parallel.start(s.device)
+    first = parallel.rank() == 0
+    if not first:
+        sys.stdout = open(os.devnull, "w")
     print(f"run        {folder}: --model {s.model} --data {s.data} --objective {s.objective}, "
-          f"{s.dtype} on {s.device}, seed {s.seed}")
+          f"{s.dtype} on {s.device}, seed {s.seed}"
+          + f", {parallel.n_processes()} processes" * (parallel.n_processes() > 1))
     try:
-        if s.resume:
-            lock = enter(folder)
+        lock = enter(folder) if s.resume and first else None
         run = prepare(s, folder)
         if s.device.startswith("cuda"):
             try_largest_batch(run, s)
-        if not s.resume:
-            lock = enter(folder)
-            if (folder / "config.json").exists():
-                raise OSError(f"{folder} was begun by another process meanwhile; choose another "
-                              "--name")
-            write_json(folder / "config.json", {"settings": vars(s), **describe_run(s)})
-        run.lock = lock
-        if run.resumed:
-            print(f"resume     after step {run.step}")
-            if run.best_step == run.step:  # it was perhaps killed before it wrote best/
-                run.model.save_pretrained(folder / "best")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_rows(folder / name, run.step if run.resumed else -1)
-        if run.test:
-            write_whole(folder / "test.jsonl", "".join(
-                json.dumps({"question": p.question, "answer": p.gold}) + "\n" for p in run.test))
+        if first:
+            run.lock = lock or enter(folder)
+            write_beginning(run, s, folder, settings)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    parallel.gather("begun")
     announce(s, run)
     return run
+
+
+def write_beginning(run, s, folder, settings):
+    """What a run's folder holds before its next step; ValueError where another process began it."""
+    if not s.resume:
+        if (folder / "config.json").exists():
+            raise ValueError(f"{folder} was begun by another process meanwhile; choose another "
+                             "--name")
+        write_json(folder / "config.json", {"settings": settings, **describe_run(s)})
+    if run.resumed:
+        print(f"resume     after step {run.step}")
+        if run.best_step == run.step:  # it was perhaps killed before it wrote best/
+            run.model.save_pretrained(folder / "best")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_rows(folder / name, run.step if run.resumed else -1)
+    if run.test:
+        write_whole(folder / "test.jsonl", "".join(
+            json.dumps({"question": p.question, "answer": p.gold}) + "\n" for p in run.test))
 
 
 def train(s, folder, stopping=()):
     """The run. Returns the exit code: 0, or 130 (Ctrl-C) and 143 (SIGTERM) where a signal, its
     number in `stopping`, cut it short."""
     run = begin(s, folder)
-    if s.wandb:
+    first = parallel.rank() == 0
+    logging = first and s.wandb
+    if logging:
         import wandb
         wandb.init(project=s.wandb, name=s.name, dir=folder, config=vars(s))
 
     tqdm.write(console_line())
     validating = s.validate_every <= s.steps  # a run too short to reach a validation makes none
-    first = 0 if validating and not run.resumed else run.step + 1
+    start = 0 if validating and not run.resumed else run.step + 1
     last = min(s.steps, s.stop_after or s.steps)
-    bar = tqdm(total=s.steps, desc="training", unit="step", initial=run.step)
-    for step in range(first, last + 1):
+    bar = tqdm(total=s.steps, desc="training", unit="step", initial=run.step, disable=not first)
+    stop = False
+    for step in range(start, last + 1):
         try:
             metrics, rows, improved = {}, [], False
             if step > 0:  # step 0 only validates the start model
@@ -732,21 +791,11 @@ def train(s, folder, stopping=()):
                 metrics |= validate(run, s)
                 improved = metrics["validation_reward"] > run.best
             metrics, run.step = {"step": step, **metrics}, step
-            append_rows(folder / "metrics.jsonl", metrics)
-            append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
-            tqdm.write(console_line(metrics))
-            if s.wandb:
-                wandb.log(metrics, step=step)
-            bar.update(step > 0)
             if improved:
                 run.best, run.best_step = metrics["validation_reward"], step
-            if stopping or step == last or step and (improved or step % s.checkpoint_every == 0):
-                save_checkpoint(folder, run.model, {
-                    "optimizer": run.optimizer.state_dict(), "step": step, "best": run.best,
-                    "best_step": run.best_step, "state": run.state}, s.keep)
-                draw_curves(folder)
-            if improved:  # after its checkpoint, so that best/ is never of a step that was lost
-                run.model.save_pretrained(folder / "best")
+            stop = parallel.anybody(stopping)
+            if first:
+                write_step(run, s, folder, metrics, rows, improved, stop or step == last)
         except Exception as e:
             reason = in_words(e, s)
             if reason is None:  # a mistake in the code: its traceback says more
@@ -755,17 +804,36 @@ def train(s, folder, stopping=()):
             sys.exit(f"error: step {step}: {reason}\nlast checkpoint: "
                      f"{kept[-1] if kept else 'none'}; go on with --resume --name "
                      f"{shlex.quote(s.name)}")
-        if stopping:
+        tqdm.write(console_line(metrics))
+        if logging:
+            wandb.log(metrics, step=step)
+        bar.update(step > 0)
+        if stop:
             break
     bar.close()
+    parallel.stop()
     if run.step < s.steps:
         print(f"stopped after step {run.step} of {s.steps}; go on with "
               f"--resume --name {shlex.quote(s.name)}")
-        return 128 + stopping[0] if stopping else 0
-    if not validating:
-        run.model.save_pretrained(folder / "best")
-    finish(s, folder, run.test)
+        return 128 + (stopping or [signal.SIGTERM])[0] if stop else 0
+    if first:
+        if not validating:
+            run.model.save_pretrained(folder / "best")
+        finish(s, folder, run.test)
     return 0
+
+
+def write_step(run, s, folder, metrics, rows, improved, ending):
+    """What a step leaves in the folder: its rows, a checkpoint when one is due, best/."""
+    append_rows(folder / "metrics.jsonl", metrics)
+    append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
+    if ending or run.step and (improved or run.step % s.checkpoint_every == 0):
+        save_checkpoint(folder, run.model, {
+            "optimizer": run.optimizer.state_dict(), "step": run.step, "best": run.best,
+            "best_step": run.best_step, "state": run.state}, s.keep)
+        draw_curves(folder)
+    if improved:  # after its checkpoint, so that best/ is never of a step that was lost
+        run.model.save_pretrained(folder / "best")
 
 
 def in_words(e, s):
@@ -776,6 +844,9 @@ def in_words(e, s):
         return (f"out of memory ({str(e).splitlines()[0][:200]}): lower --tokens-per-microbatch "
                 f"(now {s.tokens_per_microbatch}) or --rollout-rows (now {s.rollout_rows}), add "
                 "--checkpoint-activations, or lower --group-size or --max-new-tokens")
+    if parallel.n_processes() > 1 and isinstance(e, RuntimeError) and (
+            "gloo" in str(e).lower() or "nccl" in str(e).lower()):
+        return f"lost another process, whose own message says why ({str(e).splitlines()[0][:200]})"
     return None
 
 
