@@ -45,7 +45,16 @@ from intervals import (
     verdict,
     welch,
 )
-from model import DTYPES, Qwen2, checked_config, fingerprint, model_folder, read_json, write_whole
+from model import (
+    DTYPES,
+    Qwen2,
+    checked_config,
+    fingerprint,
+    is_out_of_memory,
+    model_folder,
+    read_json,
+    write_whole,
+)
 from rewards import build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
@@ -802,7 +811,9 @@ def main(argv=None):
         text, lines = evaluate(args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
         sys.exit(f"error: out of memory; lower --rollout-rows or --max-new-tokens ({e})")
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from what is in {args.out}", file=sys.stderr)

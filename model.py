@@ -370,6 +370,11 @@ def from_hub(weights):
     return weights
 
 
+def is_out_of_memory(e):
+    """Whether an exception means that memory did not suffice, of the GPU or the process."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e)
+
+
 def fingerprint(folder):
     """A hash of all files of a model folder that decide what it says."""
     total = hashlib.sha256()

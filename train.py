@@ -58,7 +58,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from evaluate import answer, grade, sample_answers, summarise
-from model import DTYPES, Qwen2, read_json, write_json, write_whole
+from model import DTYPES, Qwen2, is_out_of_memory, read_json, write_json, write_whole
 from objectives import (
     OBJECTIVES,
     REDUCTIONS,
@@ -840,7 +840,7 @@ def in_words(e, s):
     """What to tell the user of an exception within a step; None where its traceback says more."""
     if isinstance(e, (FloatingPointError, GradingError, OSError)):
         return str(e)
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(e):
+    if is_out_of_memory(e):
         return (f"out of memory ({str(e).splitlines()[0][:200]}): lower --tokens-per-microbatch "
                 f"(now {s.tokens_per_microbatch}) or --rollout-rows (now {s.rollout_rows}), add "
                 "--checkpoint-activations, or lower --group-size or --max-new-tokens")

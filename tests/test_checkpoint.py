@@ -116,6 +116,37 @@ def test_a_disk_that_fills_while_writing_keeps_what_is_there(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import transformers, matplotlib.pyplot, train
+begin = train.begin
+def limited(s, folder):
+    run = begin(s, folder)
+    size = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]) * 2**20,) * 2)
+    return run
+train.begin = limited
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory: Linux")
+def test_too_little_memory_is_said_and_costs_no_checkpoint():
+    run("--steps", "4", "--stop-after", "2", "--prompts-per-step", "32", "--group-size", "64",
+        "--minibatches", "1", "--tokens-per-microbatch", "1000000", "--rollout-rows", "2048",
+        "--validate-every", "50")
+    before = {p: p.read_bytes() for p in (FOLDER / "checkpoints").rglob("*") if p.is_file()}
+    for megabytes in (10, 250):  # in the sampler; in the update
+        done = subprocess.run([sys.executable, "-c", LIMITED.format(root=str(ROOT)), str(megabytes),
+                               "--model", "tiny", "--resume"], capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+        assert "error: step 3: out of memory" in done.stderr and "tried to alloc" in done.stderr
+        assert "lower --tokens-per-microbatch (now 1000000) or --rollout-rows" in done.stderr
+        assert before == {p: p.read_bytes() for p in (FOLDER / "checkpoints").rglob("*")
+                          if p.is_file()}
+
+
 def test_two_runs_of_one_name_do_not_mix(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "2", "--name", "both"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
