@@ -18,7 +18,7 @@ FOLDER = Path("runs/tiny-pspo-s0")
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(capsys):
-    assert kill_and_compare(3, seed=1) == 0, capsys.readouterr().out
+    assert kill_and_compare(2, seed=1) == 0, capsys.readouterr().out
 
 
 def resume(*flags):

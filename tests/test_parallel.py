@@ -106,12 +106,12 @@ parallel.stop()
 
 def test_a_process_with_nothing_to_train_neither_hangs_nor_skews():
     Path("lopsided.py").write_text(LOPSIDED.format(root=str(ROOT)))
-    for n in (1, 2, 3):
+    for n in (1, 3):
         done = torchrun(n, "lopsided.py")
         assert done.returncode == 0, done.stderr
     expected = torch.load("1-0.pt")
     assert [state["skipped_steps"] for state, _ in expected] == [0, 0, 0, 2, 2, 0, 4]
-    for name in ("2-0", "2-1", "3-0", "3-1", "3-2"):
+    for name in ("3-0", "3-1", "3-2"):
         for (state, weights), (other, theirs) in zip(expected, torch.load(f"{name}.pt")):
             assert state == other
             assert max((a - b).abs().max() for a, b in zip(weights, theirs)) < 1e-5, name
