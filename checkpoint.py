@@ -49,15 +49,16 @@ def save_checkpoint(folder, model, trainer, keep):
         model.save_pretrained(unfinished)
         torch.save(trainer, unfinished / "trainer.pt")
         write_json(unfinished / SUMS, {p.name: sha256(p) for p in sorted(unfinished.iterdir())})
-        for path in (*unfinished.iterdir(), unfinished, *folder.glob("*.jsonl")):
+        for path in (*unfinished.iterdir(), unfinished, *folder.glob("*.json*"), folder):
             flush(path)
     except (OSError, RuntimeError, SafetensorError) as e:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"cannot write {final}: {str(e).splitlines()[0]}") from e
+        raise OSError(f"cannot write {final}: {str(e).partition(chr(10))[0]}") from e
     discard(final)  # one of this step that was damaged, or is made again
     unfinished.rename(final)
     flush(final.parent)
-    for old in checkpoints(folder)[:-keep]:
+    found = checkpoints(folder)  # newer ones are damaged, and no reason to let a whole one go
+    for old in found[:max(found.index(final) + 1 - keep, 0)]:
         discard(old)
 
 
@@ -164,7 +165,7 @@ def enter(folder):
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         raise OSError(f"{folder} is in use by another process; choose another --name") from e
     return lock
 

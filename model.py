@@ -316,13 +316,18 @@ class Qwen2(nn.Module):
 
     def save_pretrained(self, folder):
         """Write a folder in the hub's format: fp32 weights, configs and tokenizer. Each file is
-        written at once or not at all."""
+        written at once or not at all. Raises OSError where it cannot be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous()
                    for k, v in to_hub(self.state_dict(), self.config).items()}
-        save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
-        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+        part = folder / "model.safetensors.part"
+        try:
+            save_file(weights, part, metadata={"format": "pt"})
+        except SafetensorError as e:  # a full disk, most often
+            part.unlink(missing_ok=True)
+            raise OSError(f"cannot write {part}: {e}") from e
+        part.replace(folder / "model.safetensors")
         # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
         config = {**self.config, "dtype": "float32", "torch_dtype": "float32",
                   "architectures": ["Qwen2ForCausalLM"]}

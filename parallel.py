@@ -25,10 +25,16 @@ def n_processes():
 
 
 def start(device):
-    """Join the other processes, if torchrun started any; returns this one's device."""
+    """Join the other processes, if torchrun started any; returns this one's device. Raises
+    ValueError where the GPUs do not suffice."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device.startswith("cuda"):
+            n = int(os.environ["LOCAL_RANK"])
+            if device != "cuda" or n >= torch.cuda.device_count():
+                raise ValueError(f"--device is {device} in process {n} of a machine with "
+                                 f"{torch.cuda.device_count()} GPUs; under torchrun expected cuda, "
+                                 "and one GPU a process")
+            device = f"cuda:{n}"
             torch.cuda.set_device(device)
         # gloo beside NCCL: what is gathered lies on the CPU
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -58,11 +64,7 @@ def interleave(parts):
 
 def anybody(flag):
     """Whether `flag` is true in any process."""
-    if n_processes() == 1:
-        return bool(flag)
-    total = torch.tensor(float(bool(flag)))
-    dist.all_reduce(total)
-    return total.item() > 0
+    return any(gather(bool(flag)))
 
 
 def sum_gradients(parameters):

@@ -39,6 +39,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,7 +183,8 @@ def read_settings(argv):
                              "leave it out, or start a new run with another --name")
         s = SimpleNamespace(**{**settings, **per_call})
     check_settings(parser, s, given)
-    if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {".lock"}:
+    if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
+            ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
         parser.error(f"{folder} exists; continue it with --resume or choose another --name")
     return s, folder
 
@@ -563,12 +565,13 @@ def try_largest_batch(run, s):
     """
     G, prompt = s.group_size, max(run.prompts, key=len)
     n_tokens = len(prompt) + G * s.max_new_tokens
-    n = min(max(s.tokens_per_microbatch // n_tokens, 1), s.prompts_per_step // s.minibatches)
+    share = -(-s.prompts_per_step // parallel.n_processes())  # of a rollout
+    n = min(max(s.tokens_per_microbatch // n_tokens, 1), -(-share // s.minibatches))
     completion = (prompt * s.max_new_tokens)[:s.max_new_tokens]
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
         adamw_state = torch.empty(0 if run.optimizer.state else 2 * n_parameters, device=s.device)
-        generate(run.model, [prompt] * s.prompts_per_step, G, s.max_new_tokens, s.temperature,
+        generate(run.model, [prompt] * share, G, s.max_new_tokens, s.temperature,
                  s.top_p, max_rows=s.rollout_rows)
         batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
         for _ in range(2):  # the second time beside the gradients of the first
@@ -652,7 +655,8 @@ def sample_and_grade(run, s, step, chosen):
                                            rows))
     prompts, *groups = map(parallel.interleave, zip(*parallel.gather(own)))
     completions, logps, finished, rows = ([x for group in part for x in group] for part in groups)
-    return Rollout(prompts, completions, logps, finished, s.group_size, rollout.seconds), rows
+    seconds = max(parallel.gather(rollout.seconds))
+    return Rollout(prompts, completions, logps, finished, s.group_size, seconds), rows
 
 
 def reward_metrics(rollout, rows):
@@ -708,13 +712,14 @@ def one_step(run, s, step):
         raise FloatingPointError(f"{e}; prompts {[p.id for p in problems]}") from e
     ended = clock(s.device)
     seen.entropies += entropies
-    n_tokens = sum(len(micro.batch.ids_N) for minibatch in minibatches for micro in minibatch)
+    n_tokens = sum(parallel.gather(sum(len(micro.batch.ids_N) for minibatch in minibatches
+                                       for micro in minibatch)))
     n_scored = n_tokens * ((s.minibatches > 1) + (run.reference is not None))
     metrics |= update_metrics(seen, minibatches, s) | run.state | {
         "learning_rate": learning_rate(s, run.state["optimizer_steps"]),
         "score_s": scored - began, "score_tokens_per_s": n_scored / max(scored - began, 1e-9),
         "update_s": ended - scored, "update_tokens_per_s": s.epochs * n_tokens / (ended - scored),
-        "peak_memory_gib": peak_memory_gib(s.device)}
+        "peak_memory_gib": max(parallel.gather(peak_memory_gib(s.device)))}
     for row, advantage in zip(rows, advantage_PG.flatten().tolist()):
         row |= {"step": step, "advantage": advantage}
     for row, problem in zip(rows[::s.group_size], problems):
@@ -726,7 +731,11 @@ def begin(s, folder):
     """Prepare a run and its folder; ends the process, in one line, where that cannot be. Of several
     processes the first one writes and the others begin when it has."""
     torch.set_num_threads(s.threads)
-    settings, s.device = dict(vars(s)), parallel.start(s.device)
+    settings = dict(vars(s))
+    try:
+        s.device = parallel.start(s.device)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
     first = parallel.rank() == 0
     if not first:
         sys.stdout = open(os.devnull, "w")
@@ -743,7 +752,9 @@ def begin(s, folder):
             write_beginning(run, s, folder, settings)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    parallel.gather("begun")
+    if len(set(parallel.gather(run.step))) > 1:
+        sys.exit(f"error: the processes do not find the same checkpoint in {folder}; it must lie "
+                 "on a disk that all of them see alike")
     announce(s, run)
     return run
 
@@ -796,6 +807,8 @@ def train(s, folder, stopping=()):
             stop = parallel.anybody(stopping)
             if first:
                 write_step(run, s, folder, metrics, rows, improved, stop or step == last)
+            if stop or step == last:
+                parallel.gather("written")  # torchrun ends the others soon after the first ends
         except Exception as e:
             reason = in_words(e, s)
             if reason is None:  # a mistake in the code: its traceback says more
@@ -841,12 +854,12 @@ def in_words(e, s):
     if isinstance(e, (FloatingPointError, GradingError, OSError)):
         return str(e)
     if is_out_of_memory(e):
-        return (f"out of memory ({str(e).splitlines()[0][:200]}): lower --tokens-per-microbatch "
-                f"(now {s.tokens_per_microbatch}) or --rollout-rows (now {s.rollout_rows}), add "
-                "--checkpoint-activations, or lower --group-size or --max-new-tokens")
+        return (f"out of memory ({str(e)[:200].partition(chr(10))[0]}): lower "
+                f"--tokens-per-microbatch (now {s.tokens_per_microbatch}) or --rollout-rows (now "
+                f"{s.rollout_rows}), add --checkpoint-activations, or lower --group-size or --max-new-tokens")
     if parallel.n_processes() > 1 and isinstance(e, RuntimeError) and (
             "gloo" in str(e).lower() or "nccl" in str(e).lower()):
-        return f"lost another process, whose own message says why ({str(e).splitlines()[0][:200]})"
+        return f"lost another process, whose own message says why ({str(e)[:200]})"
     return None
 
 
@@ -877,8 +890,9 @@ def stop_on_signals():
         if stopping and signum == signal.SIGINT:
             os._exit(130)
         stopping.append(signum)
-        tqdm.write(f"{signal.Signals(signum).name}: finishing this step and saving; press Ctrl-C "
-                   "to leave at once")
+        with suppress(OSError):  # not print: it may be what was interrupted
+            os.write(2, f"\n{signal.Signals(signum).name}: finishing this step and saving; press "
+                        "Ctrl-C to leave at once\n".encode())
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, handler)

@@ -198,3 +198,7 @@ def test_an_unfinished_folder_is_no_checkpoint_and_goes_away(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save_checkpoint(tmp_path, model, {"step": step}, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_3"]
+    for step in (2, 3):
+        damage(tmp_path / f"checkpoints/step_{step}/trainer.pt", "cut")
+    checkpoint.save_checkpoint(tmp_path, model, {"step": 1}, keep=1)  # resumed from before them
+    assert checkpoint.newest_whole(tmp_path).name == "step_1"

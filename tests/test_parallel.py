@@ -1,6 +1,5 @@
 """Several processes by torchrun, gloo on the CPU: the same run as one process makes."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 def torchrun(n, *arguments, timeout=200):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n),
-               "--master-port", str(20000 + os.getpid() % 20000), *map(str, arguments)]
+               "--standalone", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
