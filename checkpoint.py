@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from model import read_json, write_json, write_whole
+from model import hash_file, read_json, write_json, write_whole
 
 try:
     import fcntl
@@ -51,7 +50,7 @@ def save_checkpoint(folder, model, trainer, keep):
         write_json(unfinished / SUMS, {p.name: sha256(p) for p in sorted(unfinished.iterdir())})
         for path in (*unfinished.iterdir(), unfinished, *folder.glob("*.json*"), folder):
             flush(path)
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except (OSError, RuntimeError) as e:  # torch.save raises the second
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"cannot write {final}: {str(e).partition(chr(10))[0]}") from e
     discard(final)  # one of this step that was damaged, or is made again
@@ -84,9 +83,7 @@ def flush(path):
 
 def sha256(path):
     total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            total.update(part)
+    hash_file(total, path)
     return total.hexdigest()
 
 
@@ -161,12 +158,19 @@ def enter(folder):
     """Make a run's folder and hold its lock until this process ends; OSError where another has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "ab")
+    return locked(folder / ".lock",
+                  f"{folder} is in use by another process; choose another --name")
+
+
+def locked(path, why_not):
+    """The file, made if need be, open and locked until it is closed; OSError(why_not) where another
+    process has it."""
+    lock = open(path, "ab")
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise OSError(f"{folder} is in use by another process; choose another --name") from e
+        raise OSError(why_not) from e
     return lock
 
 

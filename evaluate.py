@@ -1,7 +1,7 @@
 """Accuracy and style of models on problem sets, with intervals; one model against another.
 
-What it does    samples answers with rollout.py, grades them with rewards.py, and writes tables and
-                a figure: results.md, results.json, accuracy.png. Answers go to disk as they come:
+What it does    samples answers with rollout.py, grades them with rewards.py, and writes
+                results.md, results.json, graded.jsonl and accuracy.png. Answers stay on disk:
                 an interrupted evaluation goes on where it stopped, a finished one is not repeated.
 What it leaves  sampling to rollout.py, what is correct to rewards.py, opinions to judge.py,
                 statistics to intervals.py.
@@ -25,16 +25,12 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 import torch
 from tqdm import tqdm
 
 import judge
 import rewards
+from checkpoint import locked
 from intervals import (
     LEAST_P,
     bootstrap,
@@ -58,8 +54,7 @@ from model import (
 from rewards import build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
-SCORES = {"strict": ".1%", "flexible": ".1%", "paper": ".1%",
-          "math": ".1%"}  # math: of sets with LaTeX answers
+SCORES = ("strict", "flexible", "paper", "math")  # math: of sets with LaTeX answers
 STYLE = {  # measure of one answer: (heading, format); README defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
@@ -376,7 +371,7 @@ def score_table(summaries):
     ks = sorted(int(key[5:]) for key in {key for s in summaries for key in s if "@" in key})
     return table(summaries, {
         **WHICH, "n": cell("n_problems", "d"), "samples": cell("samples", "d"),
-        **{key: cell(key, form) for key, form in SCORES.items()}, "format": cell("format", ".1%"),
+        **{key: cell(key, ".1%") for key in SCORES}, "format": cell("format", ".1%"),
         "cut": cell("truncated", ".1%"), "majority": cell("majority", ".1%"),
         **{f"pass@{k}": cell(f"pass@{k}", ".1%") for k in ks if k > 1}})  # pass@1 is flexible
 
@@ -388,7 +383,7 @@ def measure_table(summaries, measures):
 
 def seed_table(seeds):
     return table(seeds, {**WHICH, "runs": cell("runs", "d"),
-                         **{key: cell(key, form) for key, form in SCORES.items()}})
+                         **{key: cell(key, ".1%") for key in SCORES}})
 
 
 def p_value(row):
@@ -494,12 +489,7 @@ def fill(path, settings, problems, model, room, args, progress):
     """Answer what a cell's file lacks, a chunk at a time; room: tokens of an answer."""
     samples, per_chunk = settings["samples"], settings["problems_per_chunk"]
     expected = [(p.id, g) for p in problems for g in range(samples)]
-    with open(path, "ab") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise OSError(f"{path} is being written by another evaluation") from e
+    with locked(path, f"{path} is being written by another evaluation"):
         rows, end = read_answers(path, settings, expected, per_chunk * samples)
         n_lost = path.read_bytes()[end:].count(b"\n") - (not end)
         if n_lost >= per_chunk * samples:  # more than a killed process leaves
@@ -557,11 +547,11 @@ def answer_all(args, folders, sets):
         expected = [(p.id, g) for p in sets[settings["data"]] for g in range(samples)]
         chunk = settings["problems_per_chunk"] * samples
         return read_answers(path, settings, expected, chunk)[0], len(expected)
-    missing = {which: n - len(rows) for which, (path, settings) in cells.items()
-               for rows, n in [answers(path, settings)]}
-    n_there = sum(len(sets[which[1]]) * settings["samples"]
-                  for which, (_, settings) in cells.items()) - sum(missing.values())
-    if n_there:
+    there, missing = {}, {}
+    for which, (path, settings) in cells.items():
+        there[which], n = answers(path, settings)
+        missing[which] = n - len(there[which])
+    if n_there := sum(map(len, there.values())):
         print(f"{n_there:,} answers are in {args.out}/answers already", file=sys.stderr)
     progress = Progress(sum(missing.values()))
     for name in folders:
@@ -572,13 +562,13 @@ def answer_all(args, folders, sets):
                     model = Qwen2.from_pretrained(name, args.device, args.dtype)
                     room = longest_answers(model, name, sets, args.max_new_tokens)
                 fill(path, settings, sets[data], model, room[data], args, progress)
+                there[of, data, temperature], _ = answers(path, settings)
     progress.bar.close()
     if progress.seconds:
         print(f"{progress.answers:,} answers, {progress.tokens:,} tokens sampled in "
               f"{progress.seconds:.1f} s: {progress.tokens / progress.seconds:,.0f} tokens/s",
               file=sys.stderr)
-    return {which: measure(answers(path, settings)[0], sets[which[1]])
-            for which, (path, settings) in cells.items()}
+    return {which: measure(rows, sets[which[1]]) for which, rows in there.items()}
 
 
 def ask_judge(asked, args, answers, sets, sides):
@@ -697,9 +687,13 @@ def evaluate(args):
         if Path(data).is_file():
             print(f"{data}: a file has no splits, all its rows are used (a run that trained on "
                   "a file leaves the problems it held out in test.jsonl)", file=sys.stderr)
-    sets = {data: rewards.load_problems(data, args.split)[:args.limit] for data in args.data}
-    dropped = {data: left_out for data in sets
-               if (left_out := rewards.read_problems(data, args.split)[1])}
+    sets, dropped = {}, {}
+    for data in args.data:
+        problems, left_out = rewards.read_problems(data, args.split)
+        sets[data] = problems[:args.limit]
+        if left_out:
+            dropped[data] = left_out
+            rewards.report_dropped(data, args.split, len(problems), left_out)
     asked = None
     if args.judge:
         settings = json.loads(args.judge_body), args.judge_per_minute, args.judge_timeout

@@ -8,6 +8,7 @@ Run it alone    python judge.py        shows both prompts
 Where to fork   the rubric is ASPECTS; raise PROMPT_VERSION with every change of a prompt.
 """
 import concurrent.futures
+import functools
 import hashlib
 import http.client
 import json
@@ -115,12 +116,17 @@ class LocalJudge:
     """A model folder or hub name, through model.py and rollout.py: greedy, then at 0.7."""
 
     def __init__(self, name, device, dtype, batch=64):
-        from model import Qwen2, fingerprint, model_folder
+        from model import fingerprint, model_folder
         self.name = f"{name} ({fingerprint(model_folder(name))[:12]}, {dtype})"
-        self.model, self.batch = Qwen2.from_pretrained(name, device, dtype), batch
+        self.where, self.batch = (name, device, dtype), batch
+
+    @functools.cached_property
+    def model(self):  # loaded at its first question, when the models it judges are gone
+        from model import Qwen2
+        return Qwen2.from_pretrained(*self.where)
 
     def try_out(self):
-        """Nothing: it is loaded."""
+        """Nothing: its folder has been read."""
 
     def ask(self, prompts, attempt):
         """Yield (index, reply or None, tokens read, tokens written, fault) for each prompt."""

@@ -386,10 +386,15 @@ def fingerprint(folder):
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
             total.update(path.name.encode())
-            with open(path, "rb") as file:
-                while part := file.read(2**24):
-                    total.update(part)
+            hash_file(total, path)
     return total.hexdigest()
+
+
+def hash_file(total, path):
+    """Add a file's content to a hash."""
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            total.update(part)
 
 
 def read_json(path):

@@ -84,10 +84,15 @@ def load_problems(name_or_path, split="test"):
     """
     problems, dropped = read_problems(name_or_path, split)
     if dropped:
-        examples = ", ".join(repr(gold[:40]) for _, gold in dropped[:3])
-        print(f"{name_or_path}, {split}: left out {len(dropped)} of {len(problems) + len(dropped)} "
-              f"problems, whose answer is neither a number nor LaTeX: {examples}", file=sys.stderr)
+        report_dropped(name_or_path, split, len(problems), dropped)
     return problems
+
+
+def report_dropped(name_or_path, split, n_problems, dropped):
+    """Say how many problems were left out beside n_problems; dropped: as of `read_problems`."""
+    examples = ", ".join(repr(gold[:40]) for _, gold in dropped[:3])
+    print(f"{name_or_path}, {split}: left out {len(dropped)} of {n_problems + len(dropped)} "
+          f"problems, whose answer is neither a number nor LaTeX: {examples}", file=sys.stderr)
 
 
 def read_problems(name_or_path, split="test"):

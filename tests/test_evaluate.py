@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import evaluate
 import intervals
 from model import Qwen2
@@ -292,7 +293,7 @@ def test_two_evaluations_do_not_write_one_file():
     problems, model = load_problems("tiny")[:2], Qwen2.from_pretrained("tiny")
     settings = {"samples": 1, "problems_per_chunk": 1}
     with open("answers.jsonl", "ab") as other:
-        evaluate.fcntl.flock(other, evaluate.fcntl.LOCK_EX)
+        checkpoint.fcntl.flock(other, checkpoint.fcntl.LOCK_EX)
         with pytest.raises(OSError, match="is being written by another evaluation"):
             evaluate.fill(Path("answers.jsonl"), settings, problems, model, 9, None, None)
 
