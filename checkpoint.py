@@ -30,10 +30,11 @@ SUMS = "checksums.json"
 
 # ------------------------------------------------------------------ checkpoints
 
-def save_checkpoint(folder, model, trainer, keep):
-    """Write checkpoints/step_N/, N = trainer["step"]; only the newest `keep` stay.
+def save_checkpoint(folder, model, trainer, keep, weights=None):
+    """Write checkpoints/step_N/, N = trainer["step"]; only the newest `keep` stay. Returns it.
 
-    model: a Qwen2. trainer: a dict that torch.load reads back with weights_only=True.
+    model: a Qwen2. trainer: a dict that torch.load reads back with weights_only=True. weights: as
+    in Qwen2.save_pretrained.
     Raises OSError where the disk is full or cannot be written; what was there before stays.
     """
     final = folder / "checkpoints" / f"step_{trainer['step']}"
@@ -42,10 +43,10 @@ def save_checkpoint(folder, model, trainer, keep):
         for old in (folder / "checkpoints").glob("*.partial"):  # of a run that was killed
             shutil.rmtree(old)
         unfinished.mkdir(parents=True)
-        needed, free = 12.5 * sum(p.numel() for p in model.parameters()), free_bytes(folder)
-        if free < needed:  # fp32 weights and both moments of AdamW
+        needed, free = 16.5 * sum(p.numel() for p in model.parameters()), free_bytes(folder)
+        if free < needed:  # fp32 weights, both moments of AdamW, and perhaps best/
             raise OSError(f"it needs {needed / 2**30:.3f} GiB, {free / 2**30:.3f} GiB are free")
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, weights)
         torch.save(trainer, unfinished / "trainer.pt")
         write_json(unfinished / SUMS, {p.name: sha256(p) for p in sorted(unfinished.iterdir())})
         for path in (*unfinished.iterdir(), unfinished, *folder.glob("*.json*"), folder):
@@ -59,6 +60,17 @@ def save_checkpoint(folder, model, trainer, keep):
     found = checkpoints(folder)  # newer ones are damaged, and no reason to let a whole one go
     for old in found[:max(found.index(final) + 1 - keep, 0)]:
         discard(old)
+    return final
+
+
+def copy_model(checkpoint, folder):
+    """Make `folder` the model of a checkpoint, each file at once or not at all."""
+    folder.mkdir(exist_ok=True)
+    for path in checkpoint.iterdir():
+        if path.name not in ("trainer.pt", SUMS):
+            part = folder / f"{path.name}.part"
+            shutil.copyfile(path, part)
+            part.replace(folder / path.name)
 
 
 def free_bytes(folder):

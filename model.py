@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import parallel
+
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 ARCHITECTURE = "qwen2"  # `model_type` in config.json
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
@@ -280,7 +282,8 @@ class Qwen2(nn.Module):
         """
         with torch.device("meta"):
             twin = Qwen2(self.config)
-        weights = {k: v.detach().to(self.compute_dtype) for k, v in self.state_dict().items()}
+        weights = {k: parallel.whole(v.detach()).to(self.compute_dtype)
+                   for k, v in self.state_dict().items()}
         twin.load_state_dict(weights, assign=True)
         for name in ("compute_dtype", "n_real_ids", "stop_ids", "tokenizer"):
             setattr(twin, name, getattr(self, name))
@@ -314,13 +317,14 @@ class Qwen2(nn.Module):
         model.stop_ids = find_stop_ids(model.tokenizer, config, model.generation_config)
         return model
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, weights=None):
         """Write a folder in the hub's format: fp32 weights, configs and tokenizer. Each file is
-        written at once or not at all. Raises OSError where it cannot be."""
+        written at once or not at all. weights: a state dict, where they lie with many processes.
+        Raises OSError where it cannot be written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous()
-                   for k, v in to_hub(self.state_dict(), self.config).items()}
+                   for k, v in to_hub(weights or self.state_dict(), self.config).items()}
         part = folder / "model.safetensors.part"
         try:
             save_file(weights, part, metadata={"format": "pt"})
@@ -444,8 +448,9 @@ def model_folder(name_or_path):
                                 ) from e
     except (OSError, *HfHubHTTPError.__bases__) as e:  # its base is the HTTP library's own error
         raise ConnectionError(
-            f"{name}: no such folder here, and the model hub could not be reached "
-            f"({type(e).__name__}); give a local model folder, or allow access to the hub") from e
+            f"{name}: no such folder here, and the model hub did not deliver it "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:200]}); try again, allow access to "
+            "the hub, or give a local model folder") from e
 
 
 def checked_config(config):

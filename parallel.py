@@ -1,15 +1,17 @@
 """Several processes share one run: torchrun --nproc-per-node 8 train.py …
 
-What it does    starts torch.distributed where torchrun set it up, and offers the four things that
-                a step needs: who am I, gather, sum the gradients, does anybody.
+What it does    starts torch.distributed where torchrun set it up, and offers what a step needs:
+                who am I, gather, sum the gradients, does anybody; and a model that lies in parts
+                with all processes (`shard`, `whole`).
 What it leaves  who samples and trains what to train.py. Without torchrun nothing happens here.
 Run it alone    torchrun --nproc-per-node 2 parallel.py      each process says who it is
-Where to fork   a model that does not fit whole on each device needs another `sum_gradients`.
+Where to fork   `shard` is FSDP2 as PyTorch has it; tensor parallelism would begin there.
 
 Every process makes the same calls here in the same order, whatever its part of a rollout looks
 like: that is what keeps them from waiting for each other for ever.
 """
 import datetime
+import gc
 import os
 
 import torch
@@ -44,6 +46,7 @@ def start(device):
 
 def stop():
     if dist.is_initialized():
+        gc.collect()  # a sharded model that outlives the group aborts now and then as Python ends
         dist.destroy_process_group()
 
 
@@ -68,12 +71,56 @@ def anybody(flag):
 
 
 def sum_gradients(parameters):
-    """Add up every parameter's gradient over all processes; those without one count as zero."""
+    """Add up every parameter's gradient over all processes; those without one count as zero. Of a
+    sharded model they were added up in the backward pass."""
     if n_processes() > 1:
         for p in parameters:
+            if hasattr(p, "full_tensor"):
+                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
+
+
+# ------------------------------------------------------------------ a model in parts (FSDP2)
+
+def shard(model, device):
+    """Leave each process its part of every parameter, gradient and moment of AdamW; a layer is
+    whole while it computes (FSDP2, arXiv:2304.11277). model: a Qwen2 on the CPU."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.partition(":")[0], (n_processes(),))
+    for module in (*model.model["layers"], model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # a sum: the loss's weights are those of all tokens
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def whole(tensor):
+    """The tensor that a sharded one is a part of; another one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def collect(state):
+    """A state dict with whole tensors, on the CPU of process 0; the others get empty ones."""
+    if isinstance(state, dict):
+        return {key: collect(value) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    tensor = whole(state.detach())
+    return tensor.cpu() if rank() == 0 else tensor.new_empty(0)
+
+
+def distribute(optimizer_state, parameters):
+    """The way back: a state dict of AdamW with its moments sharded like their parameters."""
+    for i, moments in optimizer_state["state"].items():
+        p = parameters[i]
+        for key in moments.keys() - {"step"} if hasattr(p, "full_tensor") else ():
+            from torch.distributed.tensor import distribute_tensor
+            moments[key] = distribute_tensor(moments[key].to(p.device), p.device_mesh, p.placements,
+                                             src_data_rank=None)
+    return optimizer_state
 
 
 if __name__ == "__main__":

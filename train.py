@@ -27,6 +27,7 @@ what fits in memory at once (gradients add up); a *chunk* is what fits in the ou
 Axis letters: P prompts, G completions per prompt, B = P·G, M completion tokens of a micro-batch.
 """
 import argparse
+import gc
 import importlib.util
 import inspect
 import json
@@ -52,6 +53,7 @@ import parallel
 from checkpoint import (
     append_rows,
     checkpoints,
+    copy_model,
     cut_rows,
     enter,
     newest_whole,
@@ -134,6 +136,7 @@ def make_parser():
     add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="updates some 5 to 15 %% faster after ten seconds")
+    add("--fsdp", action="store_true", help="shard weights and optimizer over torchrun's processes")
     add("--rollout-rows", type=int, default=256, help="completions in flight at once")
     add("--name", default=None, help="folder under runs/ (<model>-<objective>-s<seed>)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of the folder")
@@ -175,13 +178,14 @@ def read_settings(argv):
         if settings["objective"] not in OBJECTIVES:
             parser.error(f"--resume: {folder} was trained with --objective "
                          f"{settings['objective']}, which objectives.py no longer has")
-        per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
+        per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name,
+                    "fsdp": s.fsdp}
         for key, value in given.items():
             if key not in per_call and settings.get(key) != value:
                 flag = "--" + key.replace("_", "-")
                 parser.error(f"--resume: {flag} was {settings.get(key)} in {folder}, now {value}; "
                              "leave it out, or start a new run with another --name")
-        s = SimpleNamespace(**{**settings, **per_call})
+        s = SimpleNamespace(**{**vars(s), **settings, **per_call})
     check_settings(parser, s, given)
     if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
             ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
@@ -221,6 +225,9 @@ def check_settings(parser, s, given):
         parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
     if s.threads > (os.cpu_count() or s.threads):
         parser.error(f"--threads is {s.threads}; this machine has {os.cpu_count()} cores")
+    if s.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        parser.error("--fsdp shards the model over several processes; start them with torchrun "
+                     "--nproc-per-node N train.py …")
     if s.wandb is not None and importlib.util.find_spec("wandb") is None:
         parser.error("--wandb needs the package wandb: pip install wandb")
     for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
@@ -279,9 +286,19 @@ def lay_out(rollout, advantage_PG, s, device):
                 n_tokens = 0
             packs[-1].append(p)
             n_tokens += size
-        minibatches.append([micro_batch(rollout, pack, advantage_PG.flatten(), weight_B, device)
-                            for pack in packs])
+        micros = [micro_batch(rollout, pack, advantage_PG.flatten(), weight_B, device)
+                  for pack in packs]
+        if s.fsdp:  # every pass is an exchange, so that each process makes as many
+            micros += [idle_micro_batch(device) for _ in range(
+                max(parallel.gather(len(micros))) - len(micros))]
+        minibatches.append(micros)
     return minibatches
+
+
+def idle_micro_batch(device):
+    """A MicroBatch without a completion token: it runs, and adds nothing."""
+    nothing = torch.empty(0, device=device)
+    return MicroBatch(flat_batch([[0]], [[[]]], device), nothing, nothing, nothing)
 
 
 def micro_batch(rollout, prompts, advantage_B, weight_B, device):
@@ -350,13 +367,23 @@ def update(run, minibatches, s):
                     seen.entropies.append(entropy_M)
             if not skipped:
                 seen.norms.append(optimizer_step(run, s))
+    if s.fsdp:
+        refresh(run.policy, run.model)
     return seen
+
+
+@torch.no_grad()
+def refresh(policy, model):
+    """Copy a sharded model's weights into the whole copy that samples."""
+    for mine, sharded in zip(policy.parameters(), model.parameters(), strict=True):
+        mine.copy_(parallel.whole(sharded))
 
 
 def optimizer_step(run, s):
     """One step of AdamW on the gradients of all processes; returns their norm before the limit."""
     parallel.sum_gradients(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.max_grad_norm)
+    norm = parallel.whole(norm)
     if not norm.isfinite():
         raise FloatingPointError(f"the gradient norm is {norm.item()} (a lower --learning-rate or "
                                  "--max-grad-norm may help)")
@@ -465,6 +492,7 @@ def draw_curves(folder):
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
+    gc.collect()  # a figure holds itself; some 15 MiB would wait for a collection
 
 
 # ------------------------------------------------------------------ what the console says
@@ -486,9 +514,10 @@ def announce(s, run):
           f"minibatches = {optimizer_steps} optimizer steps")
     print(f"run        {s.steps} steps = {s.steps * optimizer_steps} optimizer steps, "
           f"{s.steps * P / len(run.problems):.2f} passes over the training problems")
-    print(f"memory     {16 * n_parameters / 2**30:.2f} GiB weights, gradients and AdamW state of "
-          f"{n_parameters:,} parameters; {cache_gib:.2f} GiB cache while sampling; activations "
-          f"of {s.tokens_per_microbatch:,} tokens on top")
+    state_gib = 16 * n_parameters / (parallel.n_processes() if s.fsdp else 1) / 2**30
+    print(f"memory     {state_gib:.2f} GiB weights, gradients and AdamW state of {n_parameters:,} "
+          f"parameters{' in each process' * s.fsdp}; {cache_gib:.2f} GiB cache while sampling; "
+          f"activations of {s.tokens_per_microbatch:,} tokens on top")
     if optimizer_steps == 1 and s.objective != "noclip":
         print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
               f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
@@ -519,7 +548,8 @@ def console_line(metrics=None):
 # ------------------------------------------------------------------ the run
 
 def prepare(s, folder):
-    """All that a run needs, as one namespace: model, reference (None unless β > 0), optimizer,
+    """All that a run needs, as one namespace: model, policy (what samples: the model itself, or
+    with --fsdp a whole copy in the dtype of computation), reference (None unless β > 0), optimizer,
     problems to train on with their prompts, validation and test problems, and where it stands:
     step, best (validation reward so far) and the best_step that had it, state (counters of
     optimizer steps), resumed.
@@ -527,11 +557,14 @@ def prepare(s, folder):
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
     checkpoint = newest_whole(folder) if s.resume else None
-    model = Qwen2.from_pretrained(checkpoint or s.model, s.device, s.dtype)
+    policy = model = Qwen2.from_pretrained(checkpoint or s.model, "cpu" if s.fsdp else s.device,
+                                           s.dtype)
     model.checkpoint_activations = s.checkpoint_activations
     if s.compile:
         model.compile_layers()
-    reference = Qwen2.from_pretrained(s.model, s.device, s.dtype).for_sampling() if s.beta else None
+    if s.fsdp:
+        policy = parallel.shard(model, s.device).for_sampling()
+    reference = whole_model(s.model, s) if s.beta else None
     problems, validation, test = split_problems(s)
     prompts = [build_prompt(model.tokenizer, problem)
                for problem in tqdm(problems, desc="prompts", leave=False, delay=2)]
@@ -541,15 +574,21 @@ def prepare(s, folder):
                          f"{s.max_new_tokens}; the model's context holds {model.context}")
     optimizer = make_optimizer(model, s)
     run = SimpleNamespace(
-        model=model, reference=reference, optimizer=optimizer, problems=problems, prompts=prompts,
-        validation=validation, test=test, step=0, best=-math.inf, best_step=None,
+        model=model, policy=policy, reference=reference, optimizer=optimizer, problems=problems,
+        prompts=prompts, validation=validation, test=test, step=0, best=-math.inf, best_step=None,
         state={"optimizer_steps": 0, "skipped_steps": 0})
     run.resumed = checkpoint is not None
     if run.resumed:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location=s.device, weights_only=True)
-        optimizer.load_state_dict(trainer.pop("optimizer"))
+        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(parallel.distribute(trainer.pop("optimizer"),
+                                                      list(model.parameters())))
         vars(run).update(trainer)  # step, best, best_step and state
     return run
+
+
+def whole_model(path, s):
+    """A model that is not trained: on the device in the dtype of computation only."""
+    return Qwen2.from_pretrained(path, "cpu", s.dtype).for_sampling().to(s.device)
 
 
 def make_optimizer(model, s):
@@ -570,8 +609,9 @@ def try_largest_batch(run, s):
     completion = (prompt * s.max_new_tokens)[:s.max_new_tokens]
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
+        n_parameters //= parallel.n_processes() if s.fsdp else 1
         adamw_state = torch.empty(0 if run.optimizer.state else 2 * n_parameters, device=s.device)
-        generate(run.model, [prompt] * share, G, s.max_new_tokens, s.temperature,
+        generate(run.policy, [prompt] * share, G, s.max_new_tokens, s.temperature,
                  s.top_p, max_rows=s.rollout_rows)
         batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
         for _ in range(2):  # the second time beside the gradients of the first
@@ -641,7 +681,7 @@ def sample_and_grade(run, s, step, chosen):
     mine = chosen[first::n]
     rollout = Rollout([], [], [], [], s.group_size, 0.0)
     if mine:
-        rollout = generate(run.model, [run.prompts[i] for i in mine], s.group_size,
+        rollout = generate(run.policy, [run.prompts[i] for i in mine], s.group_size,
                            s.max_new_tokens, s.temperature, s.top_p, s.seed, step,
                            prompt_keys=mine, max_rows=s.rollout_rows,
                            progress=None if first else "sampling")
@@ -682,7 +722,7 @@ def validate(run, s):
     first, n = parallel.rank(), parallel.n_processes()
     problems, rows = run.validation[first::n], []
     if problems:
-        rollout = sample_answers(run.model, problems, s.validation_samples, s.temperature, s.top_p,
+        rollout = sample_answers(run.policy, problems, s.validation_samples, s.temperature, s.top_p,
                                  s.max_new_tokens, s.seed, VALIDATION_STEP, s.rollout_rows,
                                  range(first, len(run.validation), n),
                                  None if first else "validation")
@@ -769,7 +809,7 @@ def write_beginning(run, s, folder, settings):
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.best_step == run.step:  # it was perhaps killed before it wrote best/
-            run.model.save_pretrained(folder / "best")
+            copy_model(folder / "checkpoints" / f"step_{run.step}", folder / "best")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_rows(folder / name, run.step if run.resumed else -1)
     if run.test:
@@ -805,8 +845,7 @@ def train(s, folder, stopping=()):
             if improved:
                 run.best, run.best_step = metrics["validation_reward"], step
             stop = parallel.anybody(stopping)
-            if first:
-                write_step(run, s, folder, metrics, rows, improved, stop or step == last)
+            write_step(run, s, folder, metrics, rows, improved, stop or step == last)
             if stop or step == last:
                 parallel.gather("written")  # torchrun ends the others soon after the first ends
         except Exception as e:
@@ -824,6 +863,8 @@ def train(s, folder, stopping=()):
         if stop:
             break
     bar.close()
+    # before the processes part, and to make room for the models that are tested
+    run.model = run.policy = run.reference = run.optimizer = None
     parallel.stop()
     if run.step < s.steps:
         print(f"stopped after step {run.step} of {s.steps}; go on with "
@@ -831,22 +872,28 @@ def train(s, folder, stopping=()):
         return 128 + (stopping or [signal.SIGTERM])[0] if stop else 0
     if first:
         if not validating:
-            run.model.save_pretrained(folder / "best")
+            copy_model(checkpoints(folder)[-1], folder / "best")
         finish(s, folder, run.test)
     return 0
 
 
 def write_step(run, s, folder, metrics, rows, improved, ending):
-    """What a step leaves in the folder: its rows, a checkpoint when one is due, best/."""
+    """What a step leaves in the folder: its rows, a checkpoint when one is due, best/. Of several
+    processes the first one writes."""
+    saving = ending or improved or run.step % s.checkpoint_every == 0
+    if saving:
+        weights = parallel.collect(run.model.state_dict())
+        trainer = {"optimizer": parallel.collect(run.optimizer.state_dict()), "step": run.step,
+                   "best": run.best, "best_step": run.best_step, "state": run.state}
+    if parallel.rank() > 0:
+        return
     append_rows(folder / "metrics.jsonl", metrics)
     append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
-    if ending or run.step and (improved or run.step % s.checkpoint_every == 0):
-        save_checkpoint(folder, run.model, {
-            "optimizer": run.optimizer.state_dict(), "step": run.step, "best": run.best,
-            "best_step": run.best_step, "state": run.state}, s.keep)
+    if saving:
+        saved = save_checkpoint(folder, run.model, trainer, s.keep, weights)
         draw_curves(folder)
-    if improved:  # after its checkpoint, so that best/ is never of a step that was lost
-        run.model.save_pretrained(folder / "best")
+        if improved:  # after its checkpoint, so that best/ is never of a step that was lost
+            copy_model(saved, folder / "best")
 
 
 def in_words(e, s):
@@ -874,7 +921,7 @@ def finish(s, folder, test):
     scores = []
     for path in (s.model, folder / "best"):
         # with evaluate.py's own defaults, so that it prints the same figures
-        rows = answer(Qwen2.from_pretrained(path, s.device, s.dtype), test, progress="test")
+        rows = answer(whole_model(path, s), test, progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": s.data, "n_problems": len(test),
                                       "base_strict": scores[0], "best_strict": scores[1]})

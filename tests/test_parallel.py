@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import parallel
+import train as train_script
 
 ROOT = Path(parallel.__file__).resolve().parent
 SMALL = ["--model", "tiny", "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--steps", "5",
@@ -64,6 +65,24 @@ def test_one_two_and_four_processes_make_the_same_run(flags, numbers):
     expected = train(1, "one", *flags)
     for n in numbers:  # with four, two have one group a step and two have two; minibatches of three
         assert_alike(f"n{n}", expected, train(n, f"n{n}", *flags))
+    assert_alike("sharded", expected, train(2, "sharded", *flags, "--fsdp",  # one group a pass:
+                                            "--tokens-per-microbatch", "1"))  # some are idle
+
+
+def test_a_sharded_run_goes_on_unsharded_and_back():
+    expected = train(1, "one")
+    train(2, "mixed", "--stop-after", "2", "--fsdp", "--checkpoint-activations")
+    for n, *flags in (1, "--stop-after", "3"), (3, "--fsdp"):
+        done = torchrun(n, ROOT / "train.py", "--model", "tiny", "--name", "mixed", "--resume",
+                        *flags)
+        assert done.returncode == 0, done.stderr
+    assert_alike("mixed", expected, rows("mixed", "metrics"))
+
+
+def test_sharding_needs_several_processes(capsys):
+    with pytest.raises(SystemExit):
+        train_script.main(["--model", "tiny", "--fsdp"])
+    assert "start them with torchrun" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_another_number_of_processes():
