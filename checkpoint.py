@@ -117,8 +117,8 @@ def fault(checkpoint):
         try:
             if sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
-        except OSError as e:
-            return f"{name} cannot be read: {e.strerror}"
+        except (OSError, ValueError) as e:
+            return f"{name} cannot be read: {getattr(e, 'strerror', e)}"
     return None
 
 

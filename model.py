@@ -299,7 +299,10 @@ class Qwen2(nn.Module):
         reach) and ValueError (another architecture, wrong or missing tensors).
         """
         folder = model_folder(name_or_path)
-        config = checked_config(read_json(folder / "config.json"))
+        try:
+            config = checked_config(read_json(folder / "config.json"))
+        except ValueError as e:
+            raise ValueError(f"{folder}: {e}") from e
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, folder, device)
@@ -312,7 +315,12 @@ class Qwen2(nn.Module):
                                  if (folder / n).exists()}
         if model.tokenizer_files:
             from transformers import AutoTokenizer
-            model.tokenizer = AutoTokenizer.from_pretrained(folder)
+            try:
+                model.tokenizer = AutoTokenizer.from_pretrained(folder)
+                model.tokenizer.encode("1")  # some damage shows only in use
+            except Exception as e:  # transformers raises whatever the damage led to
+                raise ValueError(f"{folder}: its tokenizer files cannot be used; expected whole "
+                                 f"ones of the hub ({type(e).__name__}: {str(e)[:200]})") from e
             model.n_real_ids = min(len(model.tokenizer), config["vocab_size"])
         model.stop_ids = find_stop_ids(model.tokenizer, config, model.generation_config)
         return model
@@ -464,6 +472,10 @@ def checked_config(config):
     missing = [key for key in needed if key not in config]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for key in (*needed, "num_key_value_heads", "head_dim"):
+        if type(config.get(key, 1)) is not int or not 0 < config.get(key, 1) < 2**31:
+            raise ValueError(f"config.json: {key} is {config[key]!r:.80}; expected a whole number "
+                             "above 0")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {"rope_type": (rope_type, "default"),
@@ -514,13 +526,20 @@ def find_stop_ids(tokenizer, config, generation_config):
     ids = set()
     for source in (config, generation_config):
         eos = source.get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else {eos}
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(i is None or type(i) is int for i in eos):
+            raise ValueError(f"eos_token_id is {eos!r:.80} in the model's config; expected the id "
+                             "of a token, or a list of them")
+        ids |= set(eos)
     if tokenizer is not None:
         ids.add(tokenizer.eos_token_id)
         if tokenizer.chat_template:  # the special token that follows what the assistant says
             turns = [{"role": "user", "content": "question"},
                      {"role": "assistant", "content": "answer"}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            try:
+                text = tokenizer.apply_chat_template(turns, tokenize=False)
+            except Exception as e:  # a template is a program in Jinja
+                raise ValueError(f"the chat template of {tokenizer.name_or_path} fails: {e}") from e
             after = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
             ids |= set(after[:1]) & set(tokenizer.added_tokens_decoder)
     return sorted(ids - {None})

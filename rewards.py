@@ -184,15 +184,22 @@ INSTRUCTION = ("Solve the problem step by step and show each step. Then end with
 def prompt_text(tokenizer, problem):
     """The prompt as text: instruction and question, in the tokenizer's chat template.
 
-    Raises ValueError for a tokenizer without a chat template.
+    Raises ValueError where there is no tokenizer, or none whose chat template can be used.
     """
+    if tokenizer is None:
+        raise ValueError("the model's folder has no tokenizer; expected tokenizer.json and "
+                         "tokenizer_config.json beside config.json")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
                          "template, which the prompt is written in; set its chat_template")
     form = "<number>" if problem.kind == "number" else "<answer in LaTeX>"
     messages = [{"role": "system", "content": INSTRUCTION + form},
                 {"role": "user", "content": problem.question}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # a template is a program in Jinja
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails with a system and a "
+                         f"user message: {e}") from e
 
 
 def build_prompt(tokenizer, problem):

@@ -647,8 +647,8 @@ def flat_batch(prompts, completions, device="cpu"):
     sequence_M = torch.arange(len(lengths), device=device).repeat_interleave(length_B)
     ids_N = torch.tensor(ids, device=device)
     return FlatBatch(ids_N, torch.tensor(positions, device=device), attend,
-                     torch.tensor(predictor, device=device, dtype=torch.int64), ids_N[attend.n_prompt_tokens:],
-                     sequence_M, lengths)
+                     torch.tensor(predictor, device=device, dtype=torch.int64),
+                     ids_N[attend.n_prompt_tokens:], sequence_M, lengths)
 
 
 def check_sampling(parser, args):

@@ -16,6 +16,7 @@ import train
 from model import DTYPES, Qwen2, checked_config
 from objectives import group_advantages
 from rollout import Sampler, generate
+from settings import make_parser
 
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
@@ -51,7 +52,7 @@ def make_prompts(n, vocabulary, seed=0, length=None):
 
 def settings(**changed):
     """train.py's settings: the parser's defaults, two epochs of one optimizer step, and these."""
-    s = SimpleNamespace(**vars(train.make_parser().parse_args([])))
+    s = SimpleNamespace(**vars(make_parser().parse_args([])))
     vars(s).update(epochs=2, minibatches=1, temperature=1.0, top_p=1.0, warmup_steps=0, steps=10**6,
                    learning_rate=1e-6, seed=0, beta=0.0)
     vars(s).update(changed)

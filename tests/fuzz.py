@@ -3,20 +3,34 @@
 python tests/fuzz.py 100000 2000       completions, mutated files; exits 1 at what was not expected
 """
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoint import fault, save_checkpoint  # noqa: E402
 from evaluate import style  # noqa: E402
 from judge import read_marks, read_preference  # noqa: E402
-from model import Qwen2, checked_config, read_json  # noqa: E402
-from rewards import SCORERS, extract_answer, has_format, is_correct, read_problems, reward  # noqa: E402
+from model import Qwen2, write_json  # noqa: E402
+from rewards import (  # noqa: E402
+    SCORERS,
+    Problem,
+    build_prompt,
+    extract_answer,
+    has_format,
+    is_correct,
+    read_problems,
+    reward,
+)
+from settings import make_parser, read_settings  # noqa: E402
 
 GOLDS = ["18", "-2.5", "1/3", "50%", "1,234", "0"]
 LATEX = [r"\frac{14}{3}", r"x^2+1", r"(3,\frac{\pi}{2})"]
@@ -76,8 +90,20 @@ def fuzz_completions(n, how=grade, golds=tuple(GOLDS), seed=0):
     return slowest
 
 
-def mutated(content, draw):
-    """The bytes with a few flipped, cut out, doubled or replaced."""
+ODD = [None, True, "", "x", -1, 0, 1.5, 1e308, 10**30, [], [1], {}, {"a": 1}, "\0", "9" * 5000]
+
+
+def mutated(content, draw, as_json=False):
+    """The bytes with a few flipped, cut out, doubled or replaced; or JSON with an odd value."""
+    if as_json and draw.random() < 0.5:
+        whole = within = json.loads(content)
+        while isinstance(within, dict) and within:
+            key = draw.choice(list(within))
+            if not isinstance(within[key], dict) or not within[key] or draw.random() < 0.2:
+                within[key] = draw.choice(ODD)
+                break
+            within = within[key]
+        return json.dumps(whole).encode()
     content = bytearray(content)
     for _ in range(draw.randint(1, 4)):
         i = draw.randrange(len(content)) if content else 0
@@ -88,39 +114,80 @@ def mutated(content, draw):
     return bytes(content)
 
 
-def fuzz_files(n, seed=0):
-    """How many mutated files of each kind loaded and how many were refused; raises for others.
+MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+               "model.safetensors"]
+PROBLEM = Problem("fuzz/0", "How many?", "3", "number")
 
-    A refusal is a ValueError or OSError that names the file.
+
+def load_data(path):
+    read_problems(str(path))
+
+
+def load_model(path):
+    model = Qwen2.from_pretrained(path.parent)
+    prompt = build_prompt(model.tokenizer, PROBLEM)
+    assert prompt and all(0 <= i for i in prompt)
+
+
+def load_run(path):
+    """What --resume reads: the settings, and a checkpoint's sums."""
+    if path.name == "checksums.json":
+        wrong = fault(path.parent)
+        if wrong:
+            raise ValueError(f"{path}: {wrong}")
+        return
+    with redirect_stderr(StringIO()) as said:
+        try:
+            read_settings(["--resume", "--name", path.parent.name])
+        except SystemExit as e:
+            raise ValueError(said.getvalue()) from e
+
+
+def fuzz_files(n, seed=0):
+    """How many mutated files of each name loaded and how many were refused; raises for others.
+
+    A refusal is a ValueError or OSError that names the file or its folder, of data also the line.
     """
-    draw, counts = random.Random(seed), {}
-    problems = b"".join((ROOT / "tiny" / "test.jsonl").read_bytes().splitlines(True)[:20])
-    config = (ROOT / "tiny" / "model" / "config.json").read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        data, folder = Path(folder) / "data.jsonl", Path(folder) / "model"
-        shutil.copytree(ROOT / "tiny" / "model", folder)
-        weights = (folder / "model.safetensors").read_bytes()
-        for i in range(n):
-            kind = "weights" if i % 20 == 0 else "config" if i % 2 else "data"
-            try:
-                if kind == "data":
-                    data.write_bytes(mutated(problems, draw))
-                    read_problems(str(data))
-                elif kind == "config":
-                    (folder / "config.json").write_bytes(mutated(config, draw))
-                    checked_config(read_json(folder / "config.json"))
-                else:
-                    (folder / "config.json").write_bytes(config)
-                    head = mutated(weights[:4000], draw)
-                    (folder / "model.safetensors").write_bytes(head + weights[4000:])
-                    Qwen2.from_pretrained(folder)
-                result = "loaded"
-            except (ValueError, OSError) as e:
-                assert str(e), kind
-                assert "data.jsonl" in str(e) or kind != "data", str(e)
-                assert "\n" not in str(e)[:60], str(e)
-                result = "refused"
-            counts[kind, result] = counts.get((kind, result), 0) + 1
+    draw, counts, here = random.Random(seed), {}, os.getcwd()
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        os.chdir(place)
+        try:
+            model, run = place / "model", place / "runs" / "run"
+            shutil.copytree(ROOT / "tiny" / "model", model)
+            (place / "data.jsonl").write_bytes(b"".join(
+                (ROOT / "tiny" / "test.jsonl").read_bytes().splitlines(True)[:20]))
+            saved = save_checkpoint(run, Qwen2.from_pretrained(model), {"step": 1}, keep=1)
+            settings = vars(make_parser().parse_args(["--name", "run"]))
+            write_json(run / "config.json", {"settings": settings})
+            load = {place / "data.jsonl": load_data, run / "config.json": load_run,
+                    saved / "checksums.json": load_run,
+                    **{model / name: load_model for name in MODEL_FILES}}
+            whole = {path: path.read_bytes() for path in load}
+            for _ in range(n):
+                path = draw.choice(list(load))
+                if path.suffix == ".json":
+                    path.write_bytes(mutated(whole[path], draw, as_json=True))
+                else:  # of the weights, the head with the names
+                    path.write_bytes(mutated(whole[path][:4000], draw) + whole[path][4000:])
+                try:
+                    load[path](path)
+                    result = "loaded"
+                except (ValueError, OSError) as e:
+                    result = "refused"
+                    name = "model" if path.parent == model else path.name
+                    assert name in str(e), f"{path.name}: {e!r}"
+                    if name == "data.jsonl" and "no problem" not in str(e):
+                        assert "line " in str(e), str(e)
+                except Exception as e:
+                    shutil.copy(path, tempfile.gettempdir())
+                    raise AssertionError(f"{path.name} (see the temp folder) raised {e!r}") from e
+                path.write_bytes(whole[path])
+                parent = "place" if path.parent == place else path.parent.name
+                key = f"{parent}/{path.name} {result}"
+                counts[key] = counts.get(key, 0) + 1
+        finally:
+            os.chdir(here)
     return counts
 
 
@@ -134,7 +201,7 @@ def main():
         grade(text, "18", True)
         by_math(text, r"\frac{14}{3}", True)
     print(f"nine texts of about 1 MB: {time.perf_counter() - began:.2f} s")
-    print("files:", json.dumps({" ".join(k): v for k, v in sorted(fuzz_files(n_files).items())}))
+    print("files:", json.dumps(dict(sorted(fuzz_files(n_files).items())), indent=1))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_a_full_disk_keeps_what_is_there(monkeypatch):
     run("--stop-after", "2")
     before = {p: p.read_bytes() for p in (FOLDER / "checkpoints").rglob("*") if p.is_file()}
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match=(
-            r"cannot write .*step_4: it needs 0.007 GiB, 0.000 GiB are free\n"
+            r"cannot write .*step_4: it needs 0.010 GiB, 0.000 GiB are free\n"
             r"last checkpoint: .*step_2; go on with --resume")):
         patched.setattr(checkpoint, "free_bytes", lambda folder: 1000)
         resume()

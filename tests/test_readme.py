@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import evaluate
+import settings
 import train
 
 ROOT = Path(train.__file__).resolve().parent
@@ -25,13 +27,13 @@ def rows_of_table(heading):
 
 
 def test_every_flag_of_train_is_in_the_table_with_its_default():
-    parser = train.make_parser()
+    parser = settings.make_parser()
     by_device = {"model", "device", "dtype", "threads"}
     flags = {}
     for action in parser._actions:
         if action.dest != "help":
             default = "by device" if action.dest in by_device else str(action.default)
-            embedded = train.PRESETS["tiny"].get(action.dest, "")
+            embedded = settings.PRESETS["tiny"].get(action.dest, "")
             flags[action.option_strings[0]] = (default, str(embedded))
     found = {row[0].strip("`"): (row[2], row[3]) for row in rows_of_table("## All flags")}
     assert found == flags
@@ -42,7 +44,7 @@ def test_the_glossary_is_exactly_what_a_run_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "stop_on_signals", lambda: [])
     train.main(["--model", "tiny", "--steps", "1", "--validate-every", "1", "--beta", "0.1",
                 "--validation-problems", "2", "--test-problems", "0", "--reward", "noise"])
-    logged = set().union(*train.read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))
+    logged = set().union(*checkpoint.read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))
     glossary = {key for row in rows_of_table("### The logged metrics")
                 for key in re.findall(r"`([^`]+)`", row[0])}
     assert glossary == logged
@@ -57,7 +59,7 @@ def test_the_reading_order_names_every_file_with_about_its_length():
 
 
 def test_the_commands_of_the_readme_parse():
-    parsers = {"train.py": train.make_parser, "evaluate.py": evaluate.make_parser}
+    parsers = {"train.py": settings.make_parser, "evaluate.py": evaluate.make_parser}
     commands = re.findall(r"(?:^|&& )python (train|evaluate)\.py +(.*?)(?:#.*)?$", README,
                           re.M)
     assert len(commands) > 8
@@ -81,4 +83,4 @@ def test_the_python_of_the_readme_works_as_it_says(monkeypatch):
     exec(code, vars(objectives))
     value = objectives.OBJECTIVES["halfway"](torch.tensor([2.0, 2.0]), torch.tensor([1.0, -1.0]))
     assert value.tolist() == pytest.approx([1.9, -2.0])  # 0.9·2 + 0.1 where A > 0; −2 elsewhere
-    assert list(train.objective_settings("clip")) == ["epsilon_low", "epsilon_high"]
+    assert list(settings.objective_settings("clip")) == ["epsilon_low", "epsilon_high"]

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import train
 from model import Qwen2
-from objectives import noclip
+from objectives import OBJECTIVES, noclip
 from rollout import Rollout
 
 ROOT = Path(train.__file__).resolve().parent
@@ -40,7 +41,7 @@ def run(*flags):
 
 
 def metrics(name):
-    return train.read_rows(Path("runs") / name / "metrics.jsonl")
+    return checkpoint.read_rows(Path("runs") / name / "metrics.jsonl")
 
 
 def repeatable(rows):
@@ -73,7 +74,7 @@ def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["alpha"] == 0.1 and config["settings"]["threads"] >= 1
     assert config["versions"]["torch"] == torch.__version__
-    samples = train.read_rows(folder / "samples.jsonl")
+    samples = checkpoint.read_rows(folder / "samples.jsonl")
     assert len(samples) == 4 * 4 and {"text", "reward", "advantage"} < samples[0].keys()
     out = capsys.readouterr().out
     assert "8 optimizer steps" not in out and "2 epochs × 2 minibatches = 4 optimizer steps" in out
@@ -176,7 +177,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(signum):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rows = Path("runs/stopped/metrics.jsonl")
     deadline = time.time() + 120
-    while not (rows.exists() and len(train.read_rows(rows)) > 2) and time.time() < deadline:
+    while not (rows.exists() and len(checkpoint.read_rows(rows)) > 2) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
@@ -200,6 +201,9 @@ def test_a_second_ctrl_c_leaves_at_once():
     for line in process.stdout:
         if "press Ctrl-C to leave at once" in line:
             break
+    process.send_signal(signal.SIGINT)  # the same signal, passed on by another
+    time.sleep(0.5)
+    assert process.poll() is None
     began = time.time()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -328,7 +332,7 @@ def test_the_noise_floor_is_zero_in_fp32_and_not_in_bf16():
 def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
     def broken(ratio, advantage):
         return noclip(ratio, advantage) * float("nan")
-    monkeypatch.setitem(train.OBJECTIVES, "noclip", broken)
+    monkeypatch.setitem(OBJECTIVES, "noclip", broken)
     with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan .*; prompts \['tiny"):
         run("--objective", "noclip", "--reward", "noise")
 
@@ -345,8 +349,8 @@ def test_a_reward_that_is_none_is_an_error_with_its_text(monkeypatch, broken, me
 def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
     def broken(ratio, advantage):
         raise RuntimeError("the size of tensor a must match")
-    monkeypatch.setitem(train.OBJECTIVES, "noclip", broken)
-    monkeypatch.setattr(train, "check_settings", lambda *_: None)
+    monkeypatch.setitem(OBJECTIVES, "noclip", broken)
+    monkeypatch.setattr("settings.check_settings", lambda *_: None)
     with pytest.raises(RuntimeError, match="the size of tensor a"):
         run("--objective", "noclip", "--reward", "noise", "--validate-every", "100")
 
@@ -437,9 +441,9 @@ def test_a_run_on_a_file_leaves_its_test_problems_for_evaluate():
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
     Path("my file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("--data", "my file.jsonl", "--steps", "2")
-    held_out = train.read_rows(Path("runs/tiny-pspo-s0/test.jsonl"))
-    trained_on = {row["question"] for row in
-                  train.read_rows(Path("runs/tiny-pspo-s0/samples.jsonl")) if "question" in row}
+    held_out = checkpoint.read_rows(Path("runs/tiny-pspo-s0/test.jsonl"))
+    samples = checkpoint.read_rows(Path("runs/tiny-pspo-s0/samples.jsonl"))
+    trained_on = {row["question"] for row in samples if "question" in row}
     assert len(held_out) == 5 and all(row in rows for row in held_out)
     assert trained_on and not trained_on & {row["question"] for row in held_out}
 

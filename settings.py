@@ -1,0 +1,196 @@
+"""The settings of a run: every flag, the embedded model's own values, and what is refused.
+
+What it does    turns a command line, and with --resume a run's config.json, into one namespace of
+                settings that fit together, or ends in one line that says what does not.
+What it leaves  what the settings do to train.py; an objective's own to its signature.
+Run it alone    python settings.py [flags]     all settings as a run with these flags would have
+Where to fork   a new setting is one line in `make_parser`, and one in README.md's table.
+"""
+import argparse
+import importlib.util
+import inspect
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from model import DTYPES, read_json
+from objectives import OBJECTIVES, REDUCTIONS
+from rewards import MODES
+from rollout import check_sampling
+
+# The defaults in `make_parser` are the published recipe for Qwen2.5-0.5B and -1.5B, and of any
+# model without a preset; the authors' other arms are in the README. The embedded model's settings
+# are chosen: it learns in a minute, slowly enough to watch.
+PRESETS = {"tiny": dict(
+    data="tiny", prompts_per_step=8, group_size=8, minibatches=4, temperature=1.0, top_p=1.0,
+    max_new_tokens=40, steps=100, learning_rate=1e-5, warmup_steps=0, validation_problems=100,
+    validation_samples=2, validate_every=5, checkpoint_every=20, test_problems=200)}
+
+
+def make_parser():
+    """Every flag on one line. A preset replaces the defaults of the flags it names."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage="python train.py [flags]   (all flags: python train.py --help)",
+        description="Train a Qwen2.5 model with GR-PSPO, clipped or plain GRPO. Defaults are "
+                    "those of Qwen2.5; the embedded model (tiny) has some of its own.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny", help="hub name or folder")
+    add("--data", default="gsm8k", help="gsm8k svamp tiny, or a .jsonl file")
+    add("--objective", choices=list(OBJECTIVES), default="pspo", help="the surrogate")
+    for name in OBJECTIVES:
+        for setting, default in objective_settings(name).items():
+            add("--" + setting.replace("_", "-"), type=float, default=default,
+                help=f"of --objective {name}")
+    add("--reduction", choices=REDUCTIONS, default="token", help="what the loss averages over")
+    add("--advantage-scale", choices=["std", "none"], default="std", help="divide by group's std")
+    add("--beta", type=float, default=0.0, help="penalty on leaving the start model: its KL, ≥ 0")
+    add("--reward", choices=MODES, default="correct", help="reward mode")
+    add("--prompts-per-step", type=int, default=16, help="P, prompts per rollout")
+    add("--group-size", type=int, default=4, help="G, completions per prompt, ≥ 2")
+    add("--epochs", type=int, default=2, help="passes over one rollout")
+    add("--minibatches", type=int, default=1, help="optimizer steps per epoch; divides P")
+    add("--temperature", type=float, default=0.8, help="of sampling and of every log-prob, > 0")
+    add("--top-p", type=float, default=0.9, help="nucleus mass, in (0, 1]")
+    add("--max-new-tokens", type=int, default=128, help="tokens per completion, at most")
+    add("--steps", type=int, default=1311,
+        help="rollouts with their updates; 1,311 are three passes over 7,000 problems")
+    add("--stop-after", type=int, default=None, help="end after this step, schedule unchanged")
+    add("--learning-rate", type=float, default=5e-7, help="peak, of AdamW")
+    add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit")
+    add("--validation-problems", type=int, default=473, help="held out, unless the set has its own")
+    add("--validation-samples", type=int, default=4, help="answers per validation problem")
+    add("--validate-every", type=int, default=50, help="steps; best/ is the best of these")
+    add("--checkpoint-every", type=int, default=50, help="steps; the last step always saves")
+    add("--keep", type=int, default=2, help="newest checkpoints to keep")
+    add("--test-problems", type=int, default=0, help="greedy test of base and best at the end")
+    add("--seed", type=int, default=0, help="of the order of problems and sampling")
+    add("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
+    add("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32",
+        help="of the computation; weights and gradients stay fp32")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
+    add("--checkpoint-activations", action="store_true", help="less memory, more time")
+    add("--compile", action="store_true", help="updates some 5 to 15 %% faster after ten seconds")
+    add("--fsdp", action="store_true", help="shard weights and optimizer over torchrun's processes")
+    add("--rollout-rows", type=int, default=256, help="completions in flight at once")
+    add("--name", default=None, help="folder under runs/ (<model>-<objective>-s<seed>)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of the folder")
+    add("--wandb", default=None, metavar="PROJECT", help="also log there; needs wandb installed")
+    return parser
+
+
+def objective_settings(name):
+    """The settings of an objective and their defaults, as they stand in its signature."""
+    parameters = list(inspect.signature(OBJECTIVES[name]).parameters.values())[2:]
+    return {p.name: p.default for p in parameters}
+
+
+def read_settings(argv):
+    """(settings, run folder): defaults, then the preset or the resumed run's, then given flags."""
+    parser = make_parser()
+    defaults = vars(parser.parse_args([]))
+    # Parsed again over a mark: where it stays, the flag was not given.
+    marked = argparse.Namespace(**dict.fromkeys(defaults, parser))
+    given = vars(parser.parse_args(argv, marked))
+    given = {key: value for key, value in given.items() if value is not parser}
+    if given.get("model") == "tiny/model":
+        given["model"] = "tiny"
+
+    preset = PRESETS.get(given.get("model", defaults["model"]), {})
+    s = SimpleNamespace(**{**defaults, **preset, **given})
+    s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
+    folder = Path("runs") / s.name
+    if s.name in (".", "..") or Path(s.name).name != s.name:
+        parser.error(f"--name is {s.name!r}; expected a plain folder name, made under runs/")
+    if s.resume:
+        saved = folder / "config.json"
+        if not saved.exists():
+            parser.error(f"--resume: no run in {folder} (there is no {saved})")
+        refuse = parser.error
+        parser.error = lambda message: refuse(f"--resume: {saved}: {message}")
+        settings = saved_settings(parser, saved)
+        per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name,
+                    "fsdp": s.fsdp}
+        for key, value in given.items():
+            if key not in per_call and settings[key] != value:
+                flag = "--" + key.replace("_", "-")
+                parser.error(f"{flag} was {settings[key]}, now {value}; leave it out, or start a "
+                             "new run with another --name")
+        s = SimpleNamespace(**{**settings, **per_call})
+    check_settings(parser, s, given)
+    if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
+            ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
+        parser.error(f"{folder} exists; continue it with --resume or choose another --name")
+    return s, folder
+
+
+def saved_settings(parser, path):
+    """The settings in a run's config.json, read as those of a command line are."""
+    try:
+        argv = ["--" + key.replace("_", "-") + ("" if value is True else f"={value}")
+                for key, value in read_json(path)["settings"].items()
+                if value != parser.get_default(key)]
+    except (ValueError, KeyError, AttributeError) as e:
+        parser.error(f"it does not hold a run's settings ({e})")
+    return vars(parser.parse_args(argv))
+
+
+def check_settings(parser, s, given):
+    """Refuse, in one line, settings that contradict each other or mean nothing."""
+    for name in OBJECTIVES:
+        for setting in objective_settings(name):
+            if name != s.objective and setting in given:
+                flag = "--" + setting.replace("_", "-")
+                parser.error(f"{flag} is a setting of --objective {name}; this run has "
+                             f"--objective {s.objective}, which does not use it")
+    try:
+        chosen_objective(s)(torch.ones(1), torch.ones(1))
+    except ValueError as e:
+        parser.error(str(e))
+    check_sampling(parser, s)
+    if s.temperature == 0:
+        parser.error("--temperature is 0; training needs samples that differ, a value above 0")
+    if s.group_size < 2:
+        parser.error(f"--group-size is {s.group_size}; expected 2 or more: the advantage of a "
+                     "completion is its reward against the others of its group")
+    for key in ("prompts_per_step", "epochs", "minibatches", "steps", "threads", "validate_every",
+                "validation_problems", "validation_samples", "checkpoint_every", "keep",
+                "tokens_per_microbatch"):
+        if getattr(s, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 1 or more")
+    if s.prompts_per_step % s.minibatches:
+        parser.error(f"--minibatches {s.minibatches} does not divide --prompts-per-step "
+                     f"{s.prompts_per_step}; a minibatch holds whole groups")
+    if s.rollout_rows < s.group_size:
+        parser.error(f"--rollout-rows {s.rollout_rows} does not hold one group of {s.group_size}")
+    if s.stop_after is not None and s.stop_after < 1:
+        parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
+    if s.threads > (os.cpu_count() or s.threads):
+        parser.error(f"--threads is {s.threads}; this machine has {os.cpu_count()} cores")
+    if s.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        parser.error("--fsdp shards the model over several processes; start them with torchrun "
+                     "--nproc-per-node N train.py …")
+    if s.wandb is not None and importlib.util.find_spec("wandb") is None:
+        parser.error("--wandb needs the package wandb: pip install wandb")
+    for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
+        if not 0 <= getattr(s, key) < math.inf:
+            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more")
+
+
+def chosen_objective(s):
+    """The objective of these settings: (ratio, advantage) -> objective, elementwise."""
+    settings = {key: getattr(s, key) for key in objective_settings(s.objective)}
+    return partial(OBJECTIVES[s.objective], **settings)
+
+
+if __name__ == "__main__":
+    for key, value in vars(read_settings(sys.argv[1:])[0]).items():
+        print(f"--{key.replace('_', '-'):24} {value}")
