@@ -25,6 +25,7 @@ import torch
 STD_EPSILON = 1e-4  # added to a group's standard deviation, as TRL's GRPOTrainer does
 MAX_LOG_RATIO = 20.0  # chosen: e²⁰ is 5e8, far past any use, and its square is still finite fp32
 REDUCTIONS = ("token", "sequence", "constant")
+RATIO_LEVELS = ("token", "sequence")
 FIGURE = Path(__file__).resolve().parent / "figures" / "objectives.png"
 
 
@@ -81,7 +82,49 @@ def noclip(ratio, advantage):
     return ratio * advantage
 
 
-OBJECTIVES = {"pspo": pspo, "clip": clip, "noclip": noclip}
+def cispo(ratio, advantage, ratio_max=5.0):
+    """REINFORCE with a bounded weight: min(r, r_max)·A·log π, where the weight has no gradient.
+
+    arXiv:2506.13585, Eq. 4–5, without a lower bound, as there; r_max is their 1 + ε_high, whose
+    value they do not give (5 is chosen). log r stands for log π: they differ by a constant.
+    """
+    if not ratio_max >= 1:
+        raise ValueError(f"ratio_max is {ratio_max}; expected 1 or more")
+    return ratio.detach().clamp(max=ratio_max) * advantage * ratio.log()
+
+
+def sapo(ratio, advantage, tau_positive=1.0, tau_negative=1.05):
+    """Soft gates: σ(τ·(r − 1))·4/τ·A, one τ for A > 0 and one for the rest.
+
+    arXiv:2511.20347. Its gradient is r·4·σ·(1 − σ) times that of log π: largest about r = 1.
+    """
+    if not (tau_positive > 0 and tau_negative > 0):
+        raise ValueError(f"tau_positive is {tau_positive}, tau_negative is {tau_negative}; "
+                         "expected values above 0")
+    tau = torch.where(advantage > 0, tau_positive, tau_negative)
+    return torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
+
+
+def scopic(ratio, advantage, tau=4.0):
+    """The same gate on both sides, σ(τ·(r − 1))·4/τ·A (P3O, arXiv:2205.10047; τ = 4 is chosen).
+
+    P3O adds a penalty on KL(π_old‖π), which is left out here.
+    """
+    return sapo(ratio, advantage, tau, tau)
+
+
+def log_pspo(ratio, advantage, alpha=0.1):
+    """The logarithm of the smoothed ratio, A·log((1 − α)·r + α). Ours, not of any paper.
+
+    Its gradient is A·w·∇log π with w = (1 − α)·r / ((1 − α)·r + α), below 1 for every r: unlike
+    that of `pspo` it is bounded, and unlike that of `clip` it is nowhere 0. α in [0, 1]; at 0 it is
+    REINFORCE without a ratio.
+    """
+    return (pspo(ratio, torch.ones_like(ratio), alpha)).log() * advantage
+
+
+OBJECTIVES = {"pspo": pspo, "clip": clip, "noclip": noclip, "cispo": cispo, "sapo": sapo,
+              "scopic": scopic, "log_pspo": log_pspo}
 
 
 # ------------------------------------------------------------------ from tokens to one loss
@@ -107,24 +150,38 @@ def reduction_weights(length_B, reduction, max_length):
     return weight_B.float()
 
 
-def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective):
+def sequence_mean(x_N, sequence_N):
+    """The mean of x over each completion, at every one of its tokens: (N,)."""
+    _, inverse_N, length_B = torch.unique(sequence_N, return_inverse=True, return_counts=True)
+    sum_B = torch.zeros(len(length_B), dtype=x_N.dtype, device=x_N.device)
+    return (sum_B.index_add(0, inverse_N, x_N) / length_B)[inverse_N]
+
+
+def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective,
+                ratio_level="token"):
     """−Σ weight · objective(ratio, advantage), and the log-ratios: (scalar, (N,) no grad).
 
     logp_N, old_logp_N: (N,) float, nats, of the sampled tokens; gradient flows through the first.
     advantage_N: (N,) float. weight_N: (N,) float, fixed for the whole optimizer step, so that
         losses of micro-batches add up to the loss of the step.
-    sequence_N: (N,) int, which completion a token belongs to. The three objectives here look at
-        single tokens and do not read it; this is the place for one that looks at whole completions
-        (GSPO, arXiv:2507.18071, replaces log_ratio_N by its mean over each sequence).
+    sequence_N: (N,) int, which completion a token belongs to. All tokens of it are here.
     objective: (ratio_N, advantage_N) -> (N,), e.g. functools.partial(pspo, alpha=0.1).
-    Raises ValueError unless all five are vectors of one length.
+    ratio_level: "token", or "sequence" for the geometric mean of the ratios of a completion's
+        tokens as the ratio of each (GSPO, arXiv:2507.18071, Eq. 7: with `clip`, reduction
+        "sequence" and its own ε of 3e-4 and 4e-4).
+    Raises ValueError unless all five are vectors of one length, and for another ratio_level.
     """
     tensors = {"logp_N": logp_N, "old_logp_N": old_logp_N, "advantage_N": advantage_N,
                "weight_N": weight_N, "sequence_N": sequence_N}
     if logp_N.dim() != 1 or any(x.shape != logp_N.shape for x in tensors.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"expected vectors of one length, found {shapes}")
+    if ratio_level not in RATIO_LEVELS:
+        raise ValueError(f"ratio_level is {ratio_level!r}; expected one of "
+                         f"{', '.join(RATIO_LEVELS)}")
     log_ratio_N = logp_N - old_logp_N
+    if ratio_level == "sequence":
+        log_ratio_N = sequence_mean(log_ratio_N, sequence_N)
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss = -(weight_N * objective(ratio_N, advantage_N)).sum()
     return loss, log_ratio_N.detach()
@@ -175,29 +232,33 @@ def gradient_weight(objective, ratio, sign):
 def main():
     from functools import partial
     arms = {"noclip": noclip, "clip ε=0.2": clip, "pspo α=0.1": pspo,
-            "pspo α=0.5": partial(pspo, alpha=0.5)}
+            "pspo α=0.5": partial(pspo, alpha=0.5), "log_pspo α=0.1": log_pspo,
+            "cispo r≤2": partial(cispo, ratio_max=2.0), "sapo τ=1": sapo, "scopic τ=4": scopic}
     ratios = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0]
     for sign in (1.0, -1.0):
         print(f"\nweight on A·∇log π where the advantage is {sign:+.0f}\n")
-        print("ratio     " + "".join(f"{r:7.2f}" for r in ratios))
+        print("ratio          " + "".join(f"{r:7.2f}" for r in ratios))
         for name, objective in arms.items():
             weights = (gradient_weight(objective, ratios, sign) + 0.0).tolist()  # −0 becomes 0
-            print(f"{name:10}" + "".join(f"{w:7.2f}" for w in weights))
+            print(f"{name:15}" + "".join(f"{w:7.2f}" for w in weights))
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     grid = [i / 200 for i in range(2, 480)]
-    styles = [("0.6", ":"), ("#d55e00", "--"), ("#0072b2", "-"), ("#56b4e9", "-.")]
+    styles = [("0.6", ":"), ("#d55e00", "--"), ("#0072b2", "-"), ("#56b4e9", "-."), ("black", "-"),
+              ("#009e73", (0, (5, 1, 1, 1, 1, 1))), ("#cc79a7", (0, (1, 1))),
+              ("#e69f00", (0, (8, 2)))]
     for axis, sign in zip(axes, (1.0, -1.0)):
         for (name, objective), (color, line) in zip(arms.items(), styles):
-            axis.plot(grid, gradient_weight(objective, grid, sign), line, color=color, label=name,
-                      linewidth=2)
+            axis.plot(grid, gradient_weight(objective, grid, sign), color=color, linestyle=line,
+                      label=name, linewidth=2)
         axis.set(title=f"advantage {'> 0' if sign > 0 else '< 0'}", xlabel="ratio  r = π / π_old")
         axis.axvline(1, color="0.85", zorder=0)
     axes[0].set_ylabel("weight on A·∇log π")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
+                  ncols=4)
     figure.savefig(FIGURE, dpi=130)
     print(f"\nwrote {FIGURE}")
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from model import DTYPES, read_json
-from objectives import OBJECTIVES, REDUCTIONS
+from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from rewards import MODES
 from rollout import check_sampling
 
@@ -44,10 +44,15 @@ def make_parser():
     add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny", help="hub name or folder")
     add("--data", default="gsm8k", help="gsm8k svamp tiny, or a .jsonl file")
     add("--objective", choices=list(OBJECTIVES), default="pspo", help="the surrogate")
+    users = {}  # of an objective's setting: its default, and the objectives that have it
     for name in OBJECTIVES:
         for setting, default in objective_settings(name).items():
-            add("--" + setting.replace("_", "-"), type=float, default=default,
-                help=f"of --objective {name}")
+            users.setdefault((setting, default), []).append(name)
+    for (setting, default), names in users.items():
+        add("--" + setting.replace("_", "-"), type=float, default=default,
+            help=f"of --objective {', '.join(names)}")
+    add("--ratio-level", choices=RATIO_LEVELS, default="token",
+        help="one ratio a token, or one a completion (GSPO)")
     add("--reduction", choices=REDUCTIONS, default="token", help="what the loss averages over")
     add("--advantage-scale", choices=["std", "none"], default="std", help="divide by group's std")
     add("--beta", type=float, default=0.0, help="penalty on leaving the start model: its KL, ≥ 0")
@@ -146,8 +151,8 @@ def saved_settings(parser, path):
 def check_settings(parser, s, given):
     """Refuse, in one line, settings that contradict each other or mean nothing."""
     for name in OBJECTIVES:
-        for setting in objective_settings(name):
-            if name != s.objective and setting in given:
+        for setting in objective_settings(name).keys() - objective_settings(s.objective).keys():
+            if setting in given:
                 flag = "--" + setting.replace("_", "-")
                 parser.error(f"{flag} is a setting of --objective {name}; this run has "
                              f"--objective {s.objective}, which does not use it")

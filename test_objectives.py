@@ -15,14 +15,18 @@ import torch
 import objectives
 from objectives import (
     OBJECTIVES,
+    cispo,
     clip,
     group_advantages,
     kl_k3,
+    log_pspo,
     noclip,
     policy_loss,
     pspo,
     ratio_diagnostics,
     reduction_weights,
+    sapo,
+    scopic,
 )
 
 
@@ -153,11 +157,92 @@ def test_nothing_bounds_the_ratio_of_the_policy_that_generates():
         assert gradient(clip, r, a).item() == 0
 
 
+def weight_on_log_prob(objective, ratio, advantage):
+    """What multiplies ∇log π: ∂objective/∂r · r, by finite differences of the value in log r."""
+    step = 1e-5
+    up, down = (objective(ratio * math.exp(h), advantage) for h in (step, -step))
+    return (up - down) / (2 * step)
+
+
+def test_cispo_bounds_the_weight_and_keeps_every_gradient():
+    ratio, advantage = tensor(0.25, 1.0, 3.0, 8.0, 8.0), tensor(2.0, 2.0, 2.0, 2.0, -1.0)
+    # ∂/∂log π = min(r, 5)·A; `gradient` is ∂/∂r, which is that divided by r
+    expected = tensor(0.5, 2.0, 6.0, 10.0, -5.0)
+    torch.testing.assert_close(gradient(cispo, ratio, advantage) * ratio, expected)
+    # in value, the bounded weight times log r times A: 5·log 8·2
+    assert cispo(ratio, advantage)[3].item() == pytest.approx(10 * math.log(8))
+    with pytest.raises(ValueError, match="ratio_max is 0.5"):
+        cispo(ratio, advantage, 0.5)
+
+
+def test_soft_gates_by_hand():
+    ratio = tensor(0.2, 1.0, 3.0, 3.0)
+    advantage = tensor(1.0, 1.0, 1.0, -1.0)
+    # A > 0, τ = 1: 4σ(r − 1); A < 0, τ = 1.05: (4/1.05)·σ(2.1) = 3.80952·0.890903 = 3.393914
+    expected = tensor(4 / (1 + math.exp(0.8)), 2.0, 4 / (1 + math.exp(-2)), -3.3939145)
+    torch.testing.assert_close(sapo(ratio, advantage), expected, rtol=1e-6, atol=0)
+    # the gradient in log π is r·4p(1 − p)·A with p = σ(τ(r − 1)): at r = 1 it is A whatever τ is
+    for tau_positive, tau_negative in ((1.0, 1.05), (3.0, 7.0)):
+        objective = partial(sapo, tau_positive=tau_positive, tau_negative=tau_negative)
+        tau = torch.where(advantage > 0, tau_positive, tau_negative)
+        p = 1 / (1 + (-tau * (ratio - 1)).exp())
+        torch.testing.assert_close(gradient(objective, ratio, advantage),
+                                   4 * p * (1 - p) * advantage)
+        torch.testing.assert_close(gradient(objective, tensor(1.0, 1.0), tensor(2.0, -2.0)),
+                                   tensor(2.0, -2.0))
+    # Scopic is that gate with one τ: σ(4·0.25) for r = 1.25, A = 1
+    found = scopic(tensor(1.25), tensor(1.0))
+    assert found.item() == pytest.approx(1 / (1 + math.exp(-1)))
+    with pytest.raises(ValueError, match="tau_negative is 0"):
+        sapo(ratio, advantage, 1.0, 0)
+
+
+def test_log_pspo_is_bounded_where_pspo_is_not_and_nowhere_zero():
+    ratio = tensor(1e-3, 0.1, 1.0, 10.0, 1e6)
+    for alpha in (0.1, 0.5):
+        objective = partial(log_pspo, alpha=alpha)
+        for sign in (1.0, -1.0):
+            advantage = torch.full_like(ratio, sign)
+            weight = gradient(objective, ratio, advantage) * ratio / sign
+            torch.testing.assert_close(weight, (1 - alpha) * ratio / ((1 - alpha) * ratio + alpha))
+            by_differences = weight_on_log_prob(objective, ratio, advantage) / sign
+            torch.testing.assert_close(weight, by_differences, rtol=1e-6, atol=1e-9)
+            assert (0 < weight).all() and (weight < 1).all()
+        # at r = 1, where all objectives meet, it is PSPO's 1 − α
+        assert weight[2].item() == pytest.approx(1 - alpha)
+    # α = 0.1, r = 10: log 9.1
+    assert log_pspo(tensor(10.0), tensor(1.0)).item() == pytest.approx(math.log(9.1))
+
+
+def test_a_ratio_of_whole_completions_by_hand():
+    # Two completions of 2 and 1 tokens; log-ratios (0.4, −0.2), mean 0.1, and 0.3.
+    logp = tensor(-0.6, -1.2, -0.7).requires_grad_()
+    old, sequence = tensor(-1.0, -1.0, -1.0), torch.tensor([3, 3, 7])
+    weight = reduction_weights(torch.tensor([2, 1]), "sequence", 8).double()[[0, 0, 1]]
+    advantage = tensor(2.0, 2.0, -1.0)
+    loss, log_ratio = policy_loss(logp, old, advantage, weight, sequence, noclip, "sequence")
+    # GSPO: −(s₁·A₁ + s₂·A₂)/2 with s = e^0.1 and e^0.3
+    assert loss.item() == pytest.approx(-(2 * math.exp(0.1) - math.exp(0.3)) / 2)
+    torch.testing.assert_close(log_ratio, tensor(0.1, 0.1, 0.3))
+    loss.backward()
+    # ∂s₁/∂logp = s₁/2 for both of its tokens, ∂s₂/∂logp = s₂
+    expected = tensor(-math.exp(0.1) / 2, -math.exp(0.1) / 2, math.exp(0.3) / 2)
+    torch.testing.assert_close(logp.grad, expected)
+    # clipped: s₂ is above 1 + 4e-4, but A₂ < 0 keeps its gradient; s₁'s goes
+    logp.grad = None
+    gspo = partial(clip, epsilon_low=3e-4, epsilon_high=4e-4)
+    policy_loss(logp, old, advantage, weight, sequence, gspo, "sequence")[0].backward()
+    torch.testing.assert_close(logp.grad, tensor(0.0, 0.0, math.exp(0.3) / 2))
+    with pytest.raises(ValueError, match="ratio_level is 'word'"):
+        policy_loss(logp, old, advantage, weight, sequence, clip, "word")
+
+
 def test_wrong_settings_of_an_objective_are_refused():
     one = tensor(1.0)
     for alpha in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"\[0, 1\]"):
-            pspo(one, one, alpha)
+        for objective in (pspo, log_pspo):
+            with pytest.raises(ValueError, match=r"\[0, 1\]"):
+                objective(one, one, alpha)
     for ends in ((-0.1, 0.2), (1.5, 0.2), (0.2, -0.1)):
         with pytest.raises(ValueError, match="epsilon"):
             clip(one, one, *ends)

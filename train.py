@@ -183,7 +183,8 @@ def update(run, minibatches, s):
                     old = logp.detach() if first_pass else micro.old_logp_M[chunk]
                     weight = micro.weight_M[chunk]
                     total, log_ratio = policy_loss(logp, old, micro.advantage_M[chunk], weight,
-                                                   micro.batch.sequence_M[chunk], objective)
+                                                   micro.batch.sequence_M[chunk], objective,
+                                                   s.ratio_level)
                     if epoch == s.epochs - 1:
                         seen.log_ratios.append(log_ratio)
                     if run.reference is not None:

@@ -17,7 +17,7 @@ def soak(steps, say=print):
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "--model", "tiny", "--steps", str(steps),
-             "--device", "cpu", "--dtype", "fp32", "--threads", "2", "--prompts-per-step", "4",
+             "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--prompts-per-step", "4",
              "--group-size", "4", "--minibatches", "2", "--validate-every", "50",
              "--validation-problems", "20", "--checkpoint-every", "20", "--test-problems", "0",
              "--name", "soak"],
