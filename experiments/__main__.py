@@ -39,9 +39,8 @@ def run_missing(names, n_jobs):
     with context.Pool(n_jobs, maxtasksperchild=20) as pool, open(RESULTS, "a") as file:
         for row in tqdm(pool.imap_unordered(run_cell, missing), total=len(missing),
                         desc="runs", unit="run"):
-            if row:
-                file.write(json.dumps({**row, "commit": commit}) + "\n")
-                file.flush()
+            file.write(json.dumps({**row, "commit": commit}) + "\n")
+            file.flush()
 
 
 def recorded():

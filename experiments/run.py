@@ -20,6 +20,7 @@ from evaluate import answer, summarise
 from experiments.cells import BASE
 from model import Qwen2
 from rewards import load_problems
+from settings import read_settings
 
 LAST = 10  # steps at the end of a run whose metrics are averaged
 MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entropy", "length_mean",
@@ -28,8 +29,7 @@ MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entrop
 
 
 def run_cell(cell):
-    """Train one cell with one seed: its row, or None where a signal ended it. cell: (flags, seed).
-    """
+    """Train one cell with one seed: its row. cell: (flags, seed)."""
     torch.set_num_threads(1)
     flags, seed = cell
     began, here, failed = time.time(), os.getcwd(), None
@@ -39,9 +39,8 @@ def run_cell(cell):
         try:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
                 try:
-                    if train.main([*BASE.split(), *flags.split(), "--seed", str(seed),
-                                   "--name", "run"]):
-                        return None
+                    train.train(*read_settings([*BASE.split(), *flags.split(), "--seed",
+                                                str(seed), "--name", "run"]))
                 except SystemExit as e:  # a gradient that is not finite
                     failed = str(e)
                 run = Path("runs/run")
