@@ -70,7 +70,19 @@ def copy_model(checkpoint, folder):
         if path.name not in ("trainer.pt", SUMS):
             part = folder / f"{path.name}.part"
             shutil.copyfile(path, part)
+            flush(part)
             part.replace(folder / path.name)
+    flush(folder)
+
+
+def set_aside(folder):
+    """Keep a folder's content under another name, best.1, best.2, …, and say so."""
+    if folder.exists():
+        n = 1 + sum(p.name[len(folder.name) + 1:].isdigit() for p in folder.parent.glob(
+            f"{folder.name}.*"))
+        kept = folder.rename(folder.with_name(f"{folder.name}.{n}"))
+        print(f"warning    {folder} may be of a step that is lost; it is kept as {kept}",
+              file=sys.stderr)
 
 
 def free_bytes(folder):

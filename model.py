@@ -477,6 +477,9 @@ def checked_config(config):
             raise ValueError(f"config.json: {key} is {config[key]!r:.80}; expected a whole number "
                              "above 0")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_parameters or rope_scaling is {rope!r:.80}; expected "
+                         "an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {"rope_type": (rope_type, "default"),
                "hidden_act": (config.get("hidden_act", "silu"), "silu"),
@@ -488,6 +491,14 @@ def checked_config(config):
          "tie_word_embeddings": False,
          "rope_theta": rope.get("rope_theta", 10000.0), **config}
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    for key in ("rms_norm_eps", "rope_theta"):
+        if type(c[key]) not in (int, float) or not 0 < c[key] < 1e300:
+            raise ValueError(f"config.json: {key} is {c[key]!r:.80}; expected a number above 0")
+    if c["head_dim"] % 2 or c["num_attention_heads"] % c["num_key_value_heads"]:
+        raise ValueError(f"config.json: head_dim {c['head_dim']}, num_attention_heads "
+                         f"{c['num_attention_heads']}, num_key_value_heads "
+                         f"{c['num_key_value_heads']}; expected an even width, and as many query "
+                         "heads for each key/value head")
     return c
 
 
@@ -495,7 +506,10 @@ def load_weights(model, folder, device):
     """Fill `model` with the fp32 weights of every safetensors file of the folder."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(type(f) is str for f in files.values()):
+            raise ValueError(f"{index}: expected a weight_map from names to files")
+        files = sorted(set(files.values()))
     else:
         files = ["model.safetensors"]
     weights = {}

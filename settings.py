@@ -32,6 +32,11 @@ PRESETS = {"tiny": dict(
     validation_samples=2, validate_every=5, checkpoint_every=20, test_problems=200)}
 
 
+# What --resume may change, since it changes results by rounding at most
+OF_THE_MACHINE = {"threads", "tokens_per_microbatch", "rollout_rows", "checkpoint_activations",
+                  "compile", "fsdp"}
+
+
 def make_parser():
     """Every flag on one line. A preset replaces the defaults of the flags it names."""
     parser = argparse.ArgumentParser(
@@ -119,17 +124,17 @@ def read_settings(argv):
         saved = folder / "config.json"
         if not saved.exists():
             parser.error(f"--resume: no run in {folder} (there is no {saved})")
-        refuse = parser.error
-        parser.error = lambda message: refuse(f"--resume: {saved}: {message}")
-        settings = saved_settings(parser, saved)
-        per_call = {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name,
-                    "fsdp": s.fsdp}
+        settings = saved_settings(saved)
+        settings |= {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
+        for key in given.keys() & OF_THE_MACHINE:
+            settings[key] = given[key]
+        settings["fsdp"] &= several_processes()
         for key, value in given.items():
-            if key not in per_call and settings[key] != value:
+            if settings[key] != value:
                 flag = "--" + key.replace("_", "-")
-                parser.error(f"{flag} was {settings[key]}, now {value}; leave it out, or start a "
-                             "new run with another --name")
-        s = SimpleNamespace(**{**settings, **per_call})
+                parser.error(f"--resume: {flag} was {settings[key]} in {folder}, now {value}; "
+                             "leave it out, or start a new run with another --name")
+        s = SimpleNamespace(**settings)
     check_settings(parser, s, given)
     if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
             ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
@@ -137,15 +142,26 @@ def read_settings(argv):
     return s, folder
 
 
-def saved_settings(parser, path):
-    """The settings in a run's config.json, read as those of a command line are."""
+def saved_settings(path):
+    """The settings in a run's config.json, read as those of a command line are; what does not fit
+    together ends the process with the file's name."""
+    parser = make_parser()
+    refuse = parser.error
+    parser.error = lambda message: refuse(f"--resume: {path}: {message}")
     try:
         argv = ["--" + key.replace("_", "-") + ("" if value is True else f"={value}")
                 for key, value in read_json(path)["settings"].items()
                 if value != parser.get_default(key)]
     except (ValueError, KeyError, AttributeError) as e:
         parser.error(f"it does not hold a run's settings ({e})")
-    return vars(parser.parse_args(argv))
+    settings = parser.parse_args(argv)
+    here = vars(settings) | {"threads": 1, "fsdp": False, "wandb": None}  # of the machine then
+    check_settings(parser, SimpleNamespace(**here), {})
+    return vars(settings)
+
+
+def several_processes():
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def check_settings(parser, s, given):
@@ -180,7 +196,7 @@ def check_settings(parser, s, given):
         parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
     if s.threads > (os.cpu_count() or s.threads):
         parser.error(f"--threads is {s.threads}; this machine has {os.cpu_count()} cores")
-    if s.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if s.fsdp and not several_processes():
         parser.error("--fsdp shards the model over several processes; start them with torchrun "
                      "--nproc-per-node N train.py …")
     if s.wandb is not None and importlib.util.find_spec("wandb") is None:

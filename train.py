@@ -53,6 +53,7 @@ from checkpoint import (
     enter,
     newest_whole,
     save_checkpoint,
+    set_aside,
 )
 from curves import draw_curves
 from evaluate import answer, grade, sample_answers, summarise
@@ -320,10 +321,14 @@ def announce(s, run):
           f"minibatches = {optimizer_steps} optimizer steps")
     print(f"run        {s.steps} steps = {s.steps * optimizer_steps} optimizer steps, "
           f"{s.steps * P / len(run.problems):.2f} passes over the training problems")
-    state_gib = 16 * n_parameters / (parallel.n_processes() if s.fsdp else 1) / 2**30
-    print(f"memory     {state_gib:.2f} GiB weights, gradients and AdamW state of {n_parameters:,} "
-          f"parameters{' in each process' * s.fsdp}; {cache_gib:.2f} GiB cache while sampling; "
-          f"activations of {s.tokens_per_microbatch:,} tokens on top")
+    state_bytes = 16 * n_parameters
+    if s.fsdp:  # beside its part: the copy that samples, and the head with its gradient
+        width = 2 if s.dtype == "bf16" else 4
+        state_bytes = (state_bytes / parallel.n_processes() + width * n_parameters
+                       + 8 * c["vocab_size"] * c["hidden_size"])
+    print(f"memory     {state_bytes / 2**30:.2f} GiB weights, gradients and AdamW state of "
+          f"{n_parameters:,} parameters{', in each process' * s.fsdp}; {cache_gib:.2f} GiB cache "
+          f"while sampling; activations of {s.tokens_per_microbatch:,} tokens on top")
     if optimizer_steps == 1 and s.objective != "noclip":
         print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
               f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
@@ -358,7 +363,7 @@ def prepare(s, folder):
     with --fsdp a whole copy in the dtype of computation), reference (None unless β > 0), optimizer,
     problems to train on with their prompts, validation and test problems, and where it stands:
     step, best (validation reward so far) and the best_step that had it, state (counters of
-    optimizer steps), resumed.
+    optimizer steps), resumed, checkpoint (the last one, or None).
 
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
@@ -366,10 +371,12 @@ def prepare(s, folder):
     policy = model = Qwen2.from_pretrained(checkpoint or s.model, "cpu" if s.fsdp else s.device,
                                            s.dtype)
     model.checkpoint_activations = s.checkpoint_activations
+    if s.fsdp:
+        parallel.shard(model, s.device)
     if s.compile:
         model.compile_layers()
-    if s.fsdp:
-        policy = parallel.shard(model, s.device).for_sampling()
+    if s.fsdp:  # after any forward: it also puts the parts back in their places
+        policy = model.for_sampling()
     reference = whole_model(s.model, s) if s.beta else None
     problems, validation, test = split_problems(s)
     prompts = [build_prompt(model.tokenizer, problem)
@@ -383,9 +390,10 @@ def prepare(s, folder):
         model=model, policy=policy, reference=reference, optimizer=optimizer, problems=problems,
         prompts=prompts, validation=validation, test=test, step=0, best=-math.inf, best_step=None,
         state={"optimizer_steps": 0, "skipped_steps": 0})
-    run.resumed = checkpoint is not None
+    run.resumed, run.checkpoint = checkpoint is not None, checkpoint
     if run.resumed:
-        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True,
+                             mmap=s.fsdp)  # of which each process takes its part
         optimizer.load_state_dict(parallel.distribute(trainer.pop("optimizer"),
                                                       list(model.parameters())))
         vars(run).update(trainer)  # step, best, best_step and state
@@ -596,9 +604,13 @@ def begin(s, folder):
         if first:
             run.lock = lock or enter(folder)
             write_beginning(run, s, folder, settings)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    if len(set(parallel.gather(run.step))) > 1:
+        places = set(parallel.gather((run.step, run.resumed)))
+    except Exception as e:
+        reason = str(e) if isinstance(e, ValueError) else in_words(e, s)
+        if reason is None:  # a mistake in the code: its traceback says more
+            raise
+        sys.exit(f"error: {reason}")
+    if len(places) > 1:
         sys.exit(f"error: the processes do not find the same checkpoint in {folder}; it must lie "
                  "on a disk that all of them see alike")
     announce(s, run)
@@ -614,8 +626,10 @@ def write_beginning(run, s, folder, settings):
         write_json(folder / "config.json", {"settings": settings, **describe_run(s)})
     if run.resumed:
         print(f"resume     after step {run.step}")
+        if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
+            set_aside(folder / "best")
         if run.best_step == run.step:  # it was perhaps killed before it wrote best/
-            copy_model(folder / "checkpoints" / f"step_{run.step}", folder / "best")
+            copy_model(run.checkpoint, folder / "best")
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_rows(folder / name, run.step if run.resumed else -1)
     if run.test:
@@ -658,10 +672,8 @@ def train(s, folder, stopping=()):
             reason = in_words(e, s)
             if reason is None:  # a mistake in the code: its traceback says more
                 raise
-            kept = checkpoints(folder)
-            sys.exit(f"error: step {step}: {reason}\nlast checkpoint: "
-                     f"{kept[-1] if kept else 'none'}; go on with --resume --name "
-                     f"{shlex.quote(s.name)}")
+            sys.exit(f"error: step {step}: {reason}\nlast checkpoint: {run.checkpoint}; go on with "
+                     f"--resume --name {shlex.quote(s.name)}")
         tqdm.write(console_line(metrics))
         if logging:
             wandb.log(metrics, step=step)
@@ -671,15 +683,17 @@ def train(s, folder, stopping=()):
     bar.close()
     # before the processes part, and to make room for the models that are tested
     run.model = run.policy = run.reference = run.optimizer = None
-    parallel.stop()
     if run.step < s.steps:
+        parallel.stop()
         print(f"stopped after step {run.step} of {s.steps}; go on with "
               f"--resume --name {shlex.quote(s.name)}")
         return 128 + (stopping or [signal.SIGTERM])[0] if stop else 0
     if first:
         if not validating:
-            copy_model(checkpoints(folder)[-1], folder / "best")
+            copy_model(run.checkpoint, folder / "best")
         finish(s, folder, run.test)
+    parallel.gather("finished")  # torchrun ends the others soon after the first ends
+    parallel.stop()
     return 0
 
 
@@ -696,10 +710,10 @@ def write_step(run, s, folder, metrics, rows, improved, ending):
     append_rows(folder / "metrics.jsonl", metrics)
     append_rows(folder / "samples.jsonl", *rows[:SAMPLE_GROUPS * s.group_size])
     if saving:
-        saved = save_checkpoint(folder, run.model, trainer, s.keep, weights)
-        draw_curves(folder)
+        run.checkpoint = save_checkpoint(folder, run.model, trainer, s.keep, weights)
         if improved:  # after its checkpoint, so that best/ is never of a step that was lost
-            copy_model(saved, folder / "best")
+            copy_model(run.checkpoint, folder / "best")
+        draw_curves(folder)
 
 
 def in_words(e, s):

@@ -30,6 +30,7 @@ from rewards import (  # noqa: E402
     read_problems,
     reward,
 )
+from rollout import flat_batch  # noqa: E402
 from settings import make_parser, read_settings  # noqa: E402
 
 GOLDS = ["18", "-2.5", "1/3", "50%", "1,234", "0"]
@@ -115,7 +116,7 @@ def mutated(content, draw, as_json=False):
 
 
 MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-               "model.safetensors"]
+               "model.safetensors", "model.safetensors.index.json"]
 PROBLEM = Problem("fuzz/0", "How many?", "3", "number")
 
 
@@ -127,6 +128,8 @@ def load_model(path):
     model = Qwen2.from_pretrained(path.parent)
     prompt = build_prompt(model.tokenizer, PROBLEM)
     assert prompt and all(0 <= i for i in prompt)
+    if path.name == "config.json":  # one token through every layer
+        model.completion_log_probs(flat_batch([prompt[:1]], [[[0]]]))
 
 
 def load_run(path):
@@ -163,6 +166,11 @@ def fuzz_files(n, seed=0):
             load = {place / "data.jsonl": load_data, run / "config.json": load_run,
                     saved / "checksums.json": load_run,
                     **{model / name: load_model for name in MODEL_FILES}}
+            config = json.loads((model / "config.json").read_text())
+            write_json(model / "config.json", {
+                **config, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+            write_json(model / "model.safetensors.index.json",
+                       {"weight_map": {"model.norm.weight": "model.safetensors"}})
             whole = {path: path.read_bytes() for path in load}
             for _ in range(n):
                 path = draw.choice(list(load))

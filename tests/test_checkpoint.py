@@ -13,6 +13,7 @@ from test_train import ROOT, SMALL, in_empty_folder, metrics, run  # noqa: F401
 import checkpoint
 import train
 from model import Qwen2
+from settings import read_settings
 
 FOLDER = Path("runs/tiny-pspo-s0")
 
@@ -63,6 +64,31 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_it_is_used(capsys
     with pytest.raises(SystemExit, match="every checkpoint of runs/tiny-pspo-s0 is damaged"):
         resume()
     assert checkpoint.checkpoints(FOLDER)  # still there
+
+
+def test_the_best_weights_of_a_lost_step_are_kept(capsys):
+    run("--steps", "6", "--stop-after", "4")
+    weights = (FOLDER / "best/model.safetensors").read_bytes()
+    damage(FOLDER / "checkpoints/step_4/trainer.pt", "flipped")
+    assert resume() == 0
+    assert "it is kept as runs/tiny-pspo-s0/best.1" in capsys.readouterr().err
+    assert (FOLDER / "best.1/model.safetensors").read_bytes() == weights
+
+
+def test_a_resumed_run_may_be_fitted_to_the_machine(monkeypatch):
+    run("--stop-after", "2", "--threads", "1")
+    assert resume("--tokens-per-microbatch", "500", "--checkpoint-activations", "--rollout-rows",
+                  "8", "--threads", "2") == 0
+    assert metrics("tiny-pspo-s0")[-1]["step"] == 4
+    saved = json.loads((FOLDER / "config.json").read_text())
+    for value in (True, False):  # whether it was sharded is remembered, where that can be
+        saved["settings"]["fsdp"] = value
+        (FOLDER / "config.json").write_text(json.dumps(saved))
+        assert read_settings(["--model", "tiny", "--resume"])[0].fsdp is False
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert read_settings(["--model", "tiny", "--resume"])[0].fsdp is value
+        assert read_settings(["--model", "tiny", "--resume", "--fsdp"])[0].fsdp is True
+        monkeypatch.delenv("WORLD_SIZE")
 
 
 def test_a_run_without_a_checkpoint_begins_again():

@@ -101,35 +101,37 @@ from test_train import made_up_rollout, settings
 from model import Qwen2
 from types import SimpleNamespace
 parallel.start("cpu")
-s = settings(minibatches=2)
+s = settings(minibatches=2, fsdp={fsdp})
 results = []
 for equal in ([], [0], [1], [0, 1], [2, 3], [0, 2], [0, 1, 2, 3]):
-    model = Qwen2.from_pretrained("tiny")
+    policy = model = Qwen2.from_pretrained("tiny")
+    if s.fsdp:
+        policy = parallel.shard(model, "cpu").for_sampling()
     rollout, advantage_PG = made_up_rollout()  # four groups, so two a minibatch
     advantage_PG[equal] = 0.0
     if 1 in equal:  # and completions of one token
         rollout.completions[4:8] = [ids[:1] for ids in rollout.completions[4:8]]
         rollout.logps[4:8] = [x[:1] for x in rollout.logps[4:8]]
-    run = SimpleNamespace(model=model, reference=None, state=dict(optimizer_steps=0,
+    run = SimpleNamespace(model=model, policy=policy, reference=None, state=dict(optimizer_steps=0,
                           skipped_steps=0), optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
     train.old_log_probs(run, minibatches, s)
     seen = train.update(run, minibatches, s)
     train.update_metrics(seen, minibatches, s)
-    results.append((run.state, [p.detach().clone() for p in model.parameters()]))
+    results.append((run.state, [p.detach().clone() for p in policy.parameters()]))
 torch.save(results, f"{{parallel.n_processes()}}-{{parallel.rank()}}.pt")
 parallel.stop()
 """
 
 
 def test_a_process_with_nothing_to_train_neither_hangs_nor_skews():
-    Path("lopsided.py").write_text(LOPSIDED.format(root=str(ROOT)))
-    for n in (1, 3):
+    for n, fsdp in ((1, False), (2, True), (3, False)):
+        Path("lopsided.py").write_text(LOPSIDED.format(root=str(ROOT), fsdp=fsdp))
         done = torchrun(n, "lopsided.py")
         assert done.returncode == 0, done.stderr
     expected = torch.load("1-0.pt")
     assert [state["skipped_steps"] for state, _ in expected] == [0, 0, 0, 2, 2, 0, 4]
-    for name in ("3-0", "3-1", "3-2"):
+    for name in ("2-0", "2-1", "3-0", "3-1", "3-2"):
         for (state, weights), (other, theirs) in zip(expected, torch.load(f"{name}.pt")):
             assert state == other
             assert max((a - b).abs().max() for a, b in zip(weights, theirs)) < 1e-5, name
@@ -152,4 +154,4 @@ sys.exit(train.main())
 """)
     done = torchrun(2, "dies.py", *SMALL, "--name", "dies", timeout=100)
     assert done.returncode != 0 and "rank      : 1" in done.stderr, done.stderr
-    assert "lost another process" in done.stderr or "Sending process" in done.stderr, done.stderr
+    assert "lost another process" in done.stderr, done.stderr
