@@ -10,7 +10,6 @@ import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -38,12 +37,12 @@ def run_cell(cell):
         os.chdir(folder)
         try:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                s, run = read_settings([*BASE.split(), *flags.split(), "--seed", str(seed),
+                                        "--name", "run"])
                 try:
-                    train.train(*read_settings([*BASE.split(), *flags.split(), "--seed",
-                                                str(seed), "--name", "run"]))
+                    train.train(s, run)
                 except SystemExit as e:  # a gradient that is not finite
                     failed = str(e)
-                run = Path("runs/run")
                 metrics = read_rows(run / "metrics.jsonl")
                 found = checkpoints(run)
                 scores = summarise(answer(Qwen2.from_pretrained(found[-1]),

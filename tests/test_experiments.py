@@ -11,8 +11,8 @@ from experiments.run import run_cell
 from settings import read_settings
 
 SMALL = ("--steps 2 --validate-every 2 --prompts-per-step 4 --group-size 4 --minibatches 2 "
-         "--validation-problems 4"
          "--validation-problems 4")
+
 
 def test_every_cell_is_a_run_that_train_would_make(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
