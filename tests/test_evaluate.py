@@ -313,14 +313,15 @@ def test_a_damaged_file_of_answers_is_kept_and_said(capsys):
     assert path.read_bytes() == whole and table_of("evaluations") == expected
 
 
-def test_killed_at_ten_moments_it_ends_with_the_same_table():
+@pytest.mark.parametrize("n", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_table(n):
     command = [sys.executable, str(ROOT / "evaluate.py"), "tiny", "--data", "tiny", "--limit", "60",
                "--temperature", "0.7", "1", "--samples", "4", "--rollout-rows", "4", "--out"]
     whole = subprocess.run([*command, "whole"], capture_output=True, text=True, timeout=100)
     assert whole.returncode == 0, whole.stderr
     size = sum(p.stat().st_size for p in Path("whole/answers").iterdir())
     draw = random.Random(0)
-    moments = sorted(draw.uniform(0, size) for _ in range(10))
+    moments = sorted(draw.uniform(0, size) for _ in range(n))
     kills = 0
     for moment in moments:  # so many bytes, and then somewhere within the next chunk
         process = subprocess.Popen([*command, "cut"], stdout=subprocess.DEVNULL,
@@ -331,7 +332,7 @@ def test_killed_at_ten_moments_it_ends_with_the_same_table():
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
             time.sleep(0.003)
-    assert kills >= 8  # the last ones may come after its end
+    assert kills >= 0.6 * n  # the last ones may come after its end
     last = subprocess.run([*command, "cut"], capture_output=True, text=True, timeout=100)
     assert last.returncode == 0, last.stderr
     assert table_of("cut") == table_of("whole")
