@@ -72,7 +72,8 @@ def make_parser():
     add("--steps", type=int, default=1311,
         help="rollouts with their updates; 1,311 are three passes over 7,000 problems")
     add("--stop-after", type=int, default=None, help="end after this step, schedule unchanged")
-    add("--learning-rate", type=float, default=5e-7, help="peak, of AdamW")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="without weight decay")
+    add("--learning-rate", type=float, default=5e-7, help="peak")
     add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
     add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit")
     add("--validation-problems", type=int, default=473, help="held out, unless the set has its own")

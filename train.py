@@ -214,7 +214,8 @@ def refresh(policy, model):
 
 
 def optimizer_step(run, s):
-    """One step of AdamW on the gradients of all processes; returns their norm before the limit."""
+    """One optimizer step on the gradients of all processes; returns their norm before the limit.
+    """
     parallel.sum_gradients(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.max_grad_norm)
     norm = parallel.whole(norm)
@@ -406,6 +407,8 @@ def whole_model(path, s):
 
 
 def make_optimizer(model, s):
+    if s.optimizer == "sgd":  # plain: for experiments
+        return torch.optim.SGD(model.parameters(), lr=s.learning_rate)
     return torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                              weight_decay=0.0, fused=True)
 

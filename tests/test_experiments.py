@@ -2,11 +2,13 @@
 import json
 import os
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import __main__ as entry
 from experiments import cells
+from experiments.replay import distances, first_difference, trained
 from experiments.run import run_cell
 from settings import read_settings
 
@@ -42,6 +44,26 @@ def test_a_run_leaves_its_row_and_no_folder(tmp_path, monkeypatch):
     assert 0 <= row["test_strict"] <= 1 and row["optimizer_steps"] == 8 and row["kl_old_new"] > 0
     assert [step for step, _ in row["validation"]] == [0, 2]
     assert os.listdir() == [] and json.loads(json.dumps(row)) == row
+
+
+def test_a_replay_repeats_a_run_and_names_where_another_leaves_it():
+    import torch
+    torch.set_num_threads(1)
+    flags = SMALL + " --learning-rate 1e-3 --max-grad-norm 1e9"
+    weights, rollouts = trained(f"--alpha 0 {flags}")
+    assert sorted(weights) == [0, 1, 2]
+    again, _ = trained(f"--objective noclip {flags}", rollouts)  # α = 0 is noclip
+    assert distances(weights, again) == {1: 0.0, 2: 0.0}
+    other, _ = trained(f"--alpha 0.5 {flags}", rollouts)
+    assert all(0 < x < 0.1 for x in distances(weights, other).values())  # AdamW
+    sgd = flags + " --optimizer sgd --epochs 1 --minibatches 1 --stop-after 1"
+    full, rollouts = trained(f"--alpha 0 {sgd}")
+    half, _ = trained(f"--alpha 0.5 {sgd}", rollouts)
+    # one step of SGD, half as long: half of the way is missing
+    assert distances(full, half)[1] == pytest.approx(0.5, abs=1e-3)
+    a, b = (SimpleNamespace(completions=x) for x in ([[1, 2], [3]], [[1, 2], [3, 4]]))
+    assert first_difference([(a, 0), (a, 0)], [(a, 0), (b, 0)]) == (2, 2, 2)
+    assert first_difference([(a, 0)], [(a, 0)]) is None
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):

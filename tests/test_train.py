@@ -84,7 +84,9 @@ def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
 ARMS = [["--objective", "clip"], ["--objective", "noclip"], ["--beta", "0.01"],
         ["--reduction", "sequence"], ["--reduction", "constant"], ["--dtype", "bf16"],
         ["--advantage-scale", "none"], ["--reward", "paper"], ["--reward", "correct"],
-        ["--top-p", "0.95"], ["--top-p", "0.5"], ["--minibatches", "1"]]
+        ["--top-p", "0.95"], ["--top-p", "0.5"], ["--minibatches", "1"], ["--optimizer", "sgd"],
+        ["--objective", "cispo"], ["--objective", "sapo"], ["--objective", "scopic"],
+        ["--objective", "log_pspo", "--ratio-level", "sequence"]]
 
 
 @pytest.mark.parametrize("flags", ARMS, ids=" ".join)
@@ -99,7 +101,7 @@ def test_every_arm_runs(flags):
 
 def test_changing_the_objective_changes_no_other_setting():
     settings = {}
-    for objective in ("pspo", "clip", "noclip"):
+    for objective in OBJECTIVES:
         s, _ = train.read_settings(["--model", "tiny", "--objective", objective])
         settings[objective] = vars(s)
     for objective in ("clip", "noclip"):
@@ -143,8 +145,9 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
         train.try_largest_batch(run, s)
 
 
-
-@pytest.mark.parametrize("flags", [[], ["--beta", "0.1", "--objective", "clip"]], ids=str)
+@pytest.mark.parametrize("flags", [
+    [], ["--beta", "0.1", "--objective", "clip"],
+    ["--objective", "log_pspo", "--ratio-level", "sequence", "--optimizer", "sgd"]], ids=str)
 def test_resuming_is_bit_identical(flags):
     threads = ["--threads", "2"]
     run("--name", "straight", *threads, *flags)
