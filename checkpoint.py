@@ -75,13 +75,13 @@ def copy_model(checkpoint, folder):
     flush(folder)
 
 
-def set_aside(folder):
-    """Keep a folder's content under another name, best.1, best.2, …, and say so."""
-    if folder.exists():
-        n = 1 + sum(p.name[len(folder.name) + 1:].isdigit() for p in folder.parent.glob(
-            f"{folder.name}.*"))
-        kept = folder.rename(folder.with_name(f"{folder.name}.{n}"))
-        print(f"warning    {folder} may be of a step that is lost; it is kept as {kept}",
+def set_aside(path):
+    """Keep a folder or file under another name, best.1, best.2, …, and say so."""
+    if path.exists():
+        n = 1 + sum(p.name[len(path.name) + 1:].isdigit() for p in path.parent.glob(
+            f"{path.name}.*"))
+        kept = path.rename(path.with_name(f"{path.name}.{n}"))
+        print(f"warning    {path} may be of a step that is lost; it is kept as {kept}",
               file=sys.stderr)
 
 
@@ -199,6 +199,11 @@ def locked(path, why_not):
 
 
 if __name__ == "__main__":
+    faults = []
     for run in map(Path, sys.argv[1:] or ["runs/tiny-pspo-s0"]):
         for checkpoint in checkpoints(run):
-            print(f"{checkpoint}: {fault(checkpoint) or 'whole'}")
+            faults.append(fault(checkpoint))
+            print(f"{checkpoint}: {faults[-1] or 'whole'}")
+        if not checkpoints(run):
+            sys.exit(f"error: {run} has no checkpoint; expected the folder of a run")
+    sys.exit(any(faults))

@@ -317,7 +317,8 @@ class Qwen2(nn.Module):
             from transformers import AutoTokenizer
             try:
                 model.tokenizer = AutoTokenizer.from_pretrained(folder)
-                model.tokenizer.encode("1")  # some damage shows only in use
+                if not model.tokenizer.encode("1"):  # some damage shows only in use
+                    raise ValueError("it makes no token of '1'; is tokenizer.json there?")
             except Exception as e:  # transformers raises whatever the damage led to
                 raise ValueError(f"{folder}: its tokenizer files cannot be used; expected whole "
                                  f"ones of the hub ({type(e).__name__}: {str(e)[:200]})") from e

@@ -110,6 +110,8 @@ def scopic(ratio, advantage, tau=4.0):
 
     P3O adds a penalty on KL(π_old‖π), which is left out here.
     """
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; expected a value above 0")
     return sapo(ratio, advantage, tau, tau)
 
 

@@ -117,6 +117,8 @@ def read_settings(argv):
 
     preset = PRESETS.get(given.get("model", defaults["model"]), {})
     s = SimpleNamespace(**{**defaults, **preset, **given})
+    if s.name == "":
+        parser.error("--name is empty; expected a folder name, made under runs/")
     s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
     folder = Path("runs") / s.name
     if s.name in (".", "..") or Path(s.name).name != s.name:
@@ -129,7 +131,8 @@ def read_settings(argv):
         settings |= {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
         for key in given.keys() & OF_THE_MACHINE:
             settings[key] = given[key]
-        settings["fsdp"] &= several_processes()
+        if "fsdp" not in given:
+            settings["fsdp"] &= several_processes()
         for key, value in given.items():
             if settings[key] != value:
                 flag = "--" + key.replace("_", "-")
@@ -204,7 +207,8 @@ def check_settings(parser, s, given):
         parser.error("--wandb needs the package wandb: pip install wandb")
     for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
         if not 0 <= getattr(s, key) < math.inf:
-            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more")
+            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more, "
+                         "finite")
 
 
 def chosen_objective(s):

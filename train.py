@@ -26,6 +26,7 @@ is one pass over the rollout; a *minibatch* is the groups of one optimizer step;
 what fits in memory at once (gradients add up); a *chunk* is what fits in the output head.
 Axis letters: P prompts, G completions per prompt, B = P·G, M completion tokens of a micro-batch.
 """
+import hashlib
 import json
 import math
 import os
@@ -57,7 +58,7 @@ from checkpoint import (
 )
 from curves import draw_curves
 from evaluate import answer, grade, sample_answers, summarise
-from model import Qwen2, is_out_of_memory, write_json, write_whole
+from model import Qwen2, is_out_of_memory, read_json, write_json, write_whole
 from objectives import (
     group_advantages,
     kl_k3,
@@ -364,7 +365,7 @@ def prepare(s, folder):
     with --fsdp a whole copy in the dtype of computation), reference (None unless β > 0), optimizer,
     problems to train on with their prompts, validation and test problems, and where it stands:
     step, best (validation reward so far) and the best_step that had it, state (counters of
-    optimizer steps), resumed, checkpoint (the last one, or None).
+    optimizer steps), resumed, checkpoint (the last one, or None), problems_sha256.
 
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
@@ -380,6 +381,7 @@ def prepare(s, folder):
         policy = model.for_sampling()
     reference = whole_model(s.model, s) if s.beta else None
     problems, validation, test = split_problems(s)
+    problems_sha256 = hashlib.sha256(json.dumps([problems, validation, test]).encode()).hexdigest()
     prompts = [build_prompt(model.tokenizer, problem)
                for problem in tqdm(problems, desc="prompts", leave=False, delay=2)]
     longest = max(map(len, [*prompts, *(build_prompt(model.tokenizer, p) for p in validation)]))
@@ -392,6 +394,7 @@ def prepare(s, folder):
         prompts=prompts, validation=validation, test=test, step=0, best=-math.inf, best_step=None,
         state={"optimizer_steps": 0, "skipped_steps": 0})
     run.resumed, run.checkpoint = checkpoint is not None, checkpoint
+    run.problems_sha256 = problems_sha256
     if run.resumed:
         trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True,
                              mmap=s.fsdp)  # of which each process takes its part
@@ -626,7 +629,14 @@ def write_beginning(run, s, folder, settings):
         if (folder / "config.json").exists():
             raise ValueError(f"{folder} was begun by another process meanwhile; choose another "
                              "--name")
-        write_json(folder / "config.json", {"settings": settings, **describe_run(s)})
+        write_json(folder / "config.json", {"settings": settings, **describe_run(s),
+                                            "problems_sha256": run.problems_sha256})
+    elif read_json(folder / "config.json").get("problems_sha256") != run.problems_sha256:
+        raise ValueError(f"--data {s.data} does not hold the problems that {folder} began with; "
+                         "put them back, or start a new run with another --name")
+    if s.resume and not run.resumed:
+        for name in ("best", "metrics.jsonl", "samples.jsonl"):  # of before a lost checkpoint?
+            set_aside(folder / name)
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
@@ -694,7 +704,10 @@ def train(s, folder, stopping=()):
     if first:
         if not validating:
             copy_model(run.checkpoint, folder / "best")
-        finish(s, folder, run.test)
+        try:
+            finish(s, folder, run.test)
+        except (OSError, ValueError) as e:
+            sys.exit(f"error: the training is complete and saved, but not its test: {e}")
     parallel.gather("finished")  # torchrun ends the others soon after the first ends
     parallel.stop()
     return 0

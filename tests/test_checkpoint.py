@@ -75,6 +75,29 @@ def test_the_best_weights_of_a_lost_step_are_kept(capsys):
     assert (FOLDER / "best.1/model.safetensors").read_bytes() == weights
 
 
+def test_without_its_checkpoints_a_run_begins_again_and_loses_nothing(capsys):
+    run("--stop-after", "2")
+    before = {p.name: p.read_bytes() for p in FOLDER.glob("*.jsonl") if p.name != "test.jsonl"}
+    weights = (FOLDER / "best/model.safetensors").read_bytes()
+    shutil.rmtree(FOLDER / "checkpoints")
+    assert resume("--stop-after", "1") == 0
+    assert "is kept as runs/tiny-pspo-s0/metrics.jsonl.1" in capsys.readouterr().err
+    assert before == {p.name[:-2]: p.read_bytes() for p in FOLDER.glob("*.jsonl.1")}
+    assert (FOLDER / "best.1/model.safetensors").read_bytes() == weights
+
+
+def test_other_problems_are_refused_on_resume():
+    lines = (ROOT / "tiny/test.jsonl").read_text().splitlines(True)
+    Path("mine.jsonl").write_text("".join(lines[:40]))
+    run("--data", "mine.jsonl", "--stop-after", "2")
+    Path("mine.jsonl").write_text("".join(lines[1:41]))
+    with pytest.raises(SystemExit, match="does not hold the problems that runs/tiny-pspo-s0 began"):
+        resume()
+    Path("mine.jsonl").write_text("".join(lines[:40]))
+    shutil.rmtree(FOLDER / "best")  # noticed at the end: the training is not lost
+    assert resume("--stop-after", "3") == 0
+
+
 def test_a_resumed_run_may_be_fitted_to_the_machine(monkeypatch):
     run("--stop-after", "2", "--threads", "1")
     assert resume("--tokens-per-microbatch", "500", "--checkpoint-activations", "--rollout-rows",

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as model_module
-from model import Qwen2, to_hub
+from model import TINY, Qwen2, to_hub
 from objectives import noclip, policy_loss
 from rollout import SharedPromptAttention, flat_batch
 
@@ -236,3 +236,10 @@ def test_every_stop_token_of_every_file_is_a_stop_id():
     find = model_module.find_stop_ids
     assert find(Tokenizer(), {"eos_token_id": 1}, {"eos_token_id": [2, 1]}) == [1, 2, 3, 7]
     assert find(None, {"eos_token_id": None}, {}) == []
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    with pytest.raises(ValueError, match="tokenizer files cannot be used"):
+        Qwen2.from_pretrained(tmp_path)
