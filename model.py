@@ -495,6 +495,7 @@ def checked_config(config):
     for key in ("rms_norm_eps", "rope_theta"):
         if type(c[key]) not in (int, float) or not 0 < c[key] < 1e300:
             raise ValueError(f"config.json: {key} is {c[key]!r:.80}; expected a number above 0")
+        c[key] = float(c[key])
     if c["head_dim"] % 2 or c["num_attention_heads"] % c["num_key_value_heads"]:
         raise ValueError(f"config.json: head_dim {c['head_dim']}, num_attention_heads "
                          f"{c['num_attention_heads']}, num_key_value_heads "
