@@ -26,10 +26,15 @@ def n_processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched():
+    """Whether torchrun started several processes, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def start(device):
     """Join the other processes, if torchrun started any; returns this one's device. Raises
     ValueError where the GPUs do not suffice."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if launched() and not dist.is_initialized():
         if device.startswith("cuda"):
             n = int(os.environ["LOCAL_RANK"])
             if device != "cuda" or n >= torch.cuda.device_count():
@@ -116,10 +121,11 @@ def distribute(optimizer_state, parameters):
     """The way back: a state dict of AdamW with its moments sharded like their parameters."""
     for i, moments in optimizer_state["state"].items():
         p = parameters[i]
-        for key in moments.keys() - {"step"} if hasattr(p, "full_tensor") else ():
+        if hasattr(p, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
-            moments[key] = distribute_tensor(moments[key].to(p.device), p.device_mesh, p.placements,
-                                             src_data_rank=None)
+            for key in moments.keys() - {"step"}:
+                moments[key] = distribute_tensor(moments[key].to(p.device), p.device_mesh,
+                                                 p.placements, src_data_rank=None)
     return optimizer_state
 
 

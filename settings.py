@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 
+import parallel
 from model import DTYPES, read_json
 from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from rewards import MODES
@@ -30,7 +31,6 @@ PRESETS = {"tiny": dict(
     data="tiny", prompts_per_step=8, group_size=8, minibatches=4, temperature=1.0, top_p=1.0,
     max_new_tokens=40, steps=100, learning_rate=1e-5, warmup_steps=0, validation_problems=100,
     validation_samples=2, validate_every=5, checkpoint_every=20, test_problems=200)}
-
 
 # What --resume may change, since it changes results by rounding at most
 OF_THE_MACHINE = {"threads", "tokens_per_microbatch", "rollout_rows", "checkpoint_activations",
@@ -73,6 +73,7 @@ def make_parser():
         help="rollouts with their updates; 1,311 are three passes over 7,000 problems")
     add("--stop-after", type=int, default=None, help="end after this step, schedule unchanged")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="without weight decay")
+    add("--adam-epsilon", type=float, default=1e-8, help="in AdamW's divisor, > 0")
     add("--learning-rate", type=float, default=5e-7, help="peak")
     add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
     add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit")
@@ -132,7 +133,7 @@ def read_settings(argv):
         for key in given.keys() & OF_THE_MACHINE:
             settings[key] = given[key]
         if "fsdp" not in given:
-            settings["fsdp"] &= several_processes()
+            settings["fsdp"] &= parallel.launched()
         for key, value in given.items():
             if settings[key] != value:
                 flag = "--" + key.replace("_", "-")
@@ -162,10 +163,6 @@ def saved_settings(path):
     here = vars(settings) | {"threads": 1, "fsdp": False, "wandb": None}  # of the machine then
     check_settings(parser, SimpleNamespace(**here), {})
     return vars(settings)
-
-
-def several_processes():
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def check_settings(parser, s, given):
@@ -200,11 +197,13 @@ def check_settings(parser, s, given):
         parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
     if s.threads > (os.cpu_count() or s.threads):
         parser.error(f"--threads is {s.threads}; this machine has {os.cpu_count()} cores")
-    if s.fsdp and not several_processes():
+    if s.fsdp and not parallel.launched():
         parser.error("--fsdp shards the model over several processes; start them with torchrun "
                      "--nproc-per-node N train.py …")
     if s.wandb is not None and importlib.util.find_spec("wandb") is None:
         parser.error("--wandb needs the package wandb: pip install wandb")
+    if not 0 < s.adam_epsilon < math.inf:
+        parser.error(f"--adam-epsilon is {s.adam_epsilon}; expected a finite value above 0")
     for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
         if not 0 <= getattr(s, key) < math.inf:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more, "

@@ -392,9 +392,8 @@ def prepare(s, folder):
     run = SimpleNamespace(
         model=model, policy=policy, reference=reference, optimizer=optimizer, problems=problems,
         prompts=prompts, validation=validation, test=test, step=0, best=-math.inf, best_step=None,
-        state={"optimizer_steps": 0, "skipped_steps": 0})
-    run.resumed, run.checkpoint = checkpoint is not None, checkpoint
-    run.problems_sha256 = problems_sha256
+        state={"optimizer_steps": 0, "skipped_steps": 0}, resumed=checkpoint is not None,
+        checkpoint=checkpoint, problems_sha256=problems_sha256)
     if run.resumed:
         trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True,
                              mmap=s.fsdp)  # of which each process takes its part
@@ -412,8 +411,8 @@ def whole_model(path, s):
 def make_optimizer(model, s):
     if s.optimizer == "sgd":  # plain: for experiments
         return torch.optim.SGD(model.parameters(), lr=s.learning_rate)
-    return torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                             weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=s.learning_rate, betas=(0.9, 0.999),
+                             eps=s.adam_epsilon, weight_decay=0.0, fused=True)
 
 
 def try_largest_batch(run, s):
@@ -634,17 +633,17 @@ def write_beginning(run, s, folder, settings):
     elif read_json(folder / "config.json").get("problems_sha256") != run.problems_sha256:
         raise ValueError(f"--data {s.data} does not hold the problems that {folder} began with; "
                          "put them back, or start a new run with another --name")
-    if s.resume and not run.resumed:
-        for name in ("best", "metrics.jsonl", "samples.jsonl"):  # of before a lost checkpoint?
-            set_aside(folder / name)
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
             set_aside(folder / "best")
         if run.best_step == run.step:  # it was perhaps killed before it wrote best/
             copy_model(run.checkpoint, folder / "best")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_rows(folder / name, run.step if run.resumed else -1)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_rows(folder / name, run.step)
+    elif s.resume:
+        for name in ("best", "metrics.jsonl", "samples.jsonl"):  # of before a lost checkpoint?
+            set_aside(folder / name)
     if run.test:
         write_whole(folder / "test.jsonl", "".join(
             json.dumps({"question": p.question, "answer": p.gold}) + "\n" for p in run.test))

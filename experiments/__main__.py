@@ -73,11 +73,11 @@ def table(rows, cells):
     lines = ["| arm | seeds | greedy strict accuracy: mean ± sd [95 % interval] | KL(old‖new) | "
              "share a 0.2 clip removes | gradient norm |", "|---|---:|---|---:|---:|---:|"]
     for label, flags in cells.items():
-        x = values(rows, flags)
-        rest = [with_interval(values(rows, flags, key)[:1], form).split(" (")[0] if len(x) < 1 else
-                form.format(statistics.fmean(values(rows, flags, key) or [float("nan")]))
-                for key, form in (("kl_old_new", "{:.1e}"), ("clip_removed", "{:.1%}"),
-                                  ("gradient_norm", "{:.2f}"))]
+        x, rest = values(rows, flags), []
+        for key, form in (("kl_old_new", "{:.1e}"), ("clip_removed", "{:.1%}"),
+                          ("gradient_norm", "{:.2f}")):
+            found = values(rows, flags, key)
+            rest.append(form.format(statistics.fmean(found)) if found else "–")
         lines.append(f"| {label} | {len(x)} | {with_interval(x)} | {' | '.join(rest)} |")
     return "\n".join(lines)
 

@@ -1,7 +1,9 @@
-"""What is run: every cell of every experiment, as flags of train.py.
+"""What is run: every cell of every experiment, as flags.
 
 What it does    names the experiments, and of each the arms (rows of its table) and what varies.
-What it leaves  running and drawing to __main__.py; what the flags mean to settings.py.
+What it leaves  running to run.py and replay.py, tables and figures to report.py; what the flags
+                mean to settings.py, and those of experiments only (--stale, --noise, --hopeless,
+                --replay, --live) to run.py.
 Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERIMENTS.
 
 The model, problems and steps are those of `python train.py` on a laptop: 0.6M parameters, 100
@@ -11,6 +13,8 @@ BASE = ("--model tiny --device cpu --dtype fp32 --threads 1 --test-problems 0 --
         "--checkpoint-every 1000 --keep 1")
 RATE = 1e-5  # the embedded model's own learning rate
 SEEDS = range(5)
+ALPHAS = (0.05, 0.1, 0.3, 0.5, 0.9)
+NOISE = 0.085  # nats; at this sd 24 % of tokens leave |r − 1| ≤ 0.1, as bf16 does at 0.5B widths
 
 ARMS = {
     "clip ε 0.1": "--objective clip --epsilon-low 0.1 --epsilon-high 0.1",
@@ -28,6 +32,7 @@ ARMS = {
             "--epsilon-low 3e-4 --epsilon-high 4e-4",
 }
 FOUR = ("clip ε 0.2", "noclip (α 0)", "pspo α 0.1", "log_pspo α 0.1")
+NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
 
 
 def reuse(epochs, times):
@@ -43,6 +48,26 @@ EXPERIMENTS = {
         "noclip, one pass": ARMS["noclip (α 0)"] + reuse(1, 1) + " --steps 200",
         "clip ε 0": "--objective clip --epsilon-low 0 --epsilon-high 0" + reuse(2, 1)},
     "stress": {arm: flags + reuse(8, 10) for arm, flags in ARMS.items()},
+    "replay": {  # each α against α = 0 on the same rollouts, and against what the rule names
+        "AdamW, its ε 1e-15, no limit": "--replay --adam-epsilon 1e-15 --max-grad-norm 1e9",
+        "AdamW, its ε 1e-8, no limit": "--replay --max-grad-norm 1e9",
+        "AdamW, limit 0.05, in every step": "--replay --max-grad-norm 0.05",
+        "AdamW, limit 1, in some steps": "--replay",
+        "AdamW, KL term β 0.1, no limit": "--replay --beta 0.1 --max-grad-norm 1e9",
+        "SGD, no limit": "--replay --optimizer sgd --learning-rate 0.003 --max-grad-norm 1e9"},
+    "live": {"α 0.1 against 0": "--live"},
+    "alpha": {"α 0": ARMS["noclip (α 0)"] + reuse(2, 1), **{
+        f"α {alpha}": (ARMS["pspo α 0.1"] if alpha == 0.1 else f"--objective pspo --alpha {alpha}")
+        + reuse(2, 1) for alpha in ALPHAS}},
+    "stale": {f"{arm} | {steps} | {times}": ARMS[arm] + reuse(2, times) + f" --stale {steps}"
+              for times in (1, 10) for steps in (4, 16) for arm in FOUR},
+    "noise": {
+        **{f"{arm} | bf16": ARMS[arm] + reuse(2, 1) + " --dtype bf16" for arm in NOISY},
+        **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY}},
+    "hopeless": {
+        "paper's reward": "--hopeless --reward paper",
+        "paper's reward, A not scaled": "--hopeless --reward paper --advantage-scale none",
+        "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
-              for times in (1, 3, 10) for epochs in (1, 2, 4, 8) for arm in FOUR},
+              for epochs in (8, 2, 16) for times in (1, 3, 10) for arm in FOUR},
 }

@@ -1,58 +1,51 @@
 """How far α moves a run: the same recorded rollouts, trained on with another α.
 
-What it does    trains once with α = 0 and keeps every rollout; trains again with other α's on the
-                same rollouts; compares the weights, as a share of the distance travelled. Of live
-                runs, which sample for themselves, it names the first token that differs.
-What it leaves  training itself to train.py.
-Run it alone    python -m experiments.replay        prints a table; a minute for each run
-Where to fork   `compare` takes any two sets of flags.
+What it does    `replay` trains with α = 0 and keeps every rollout; trains again with other α's on
+                the same rollouts; compares the weights, as a share of the distance travelled. It
+                also trains with α = 0 and the settings that the rule names for an α, which should
+                give the same weights. `live` names the first token in which two runs that sample
+                for themselves differ.
+What it leaves  training itself to train.py, the settings to cells.py.
+Where to fork   `equal_run` is the rule; `trained` takes any flags.
 """
-import contextlib
 import copy
-import io
-import os
-import tempfile
+from unittest import mock
 
 import torch
 
 import train
-from experiments.cells import BASE
+from experiments.cells import ALPHAS, BASE
+from experiments.run import aside
 from settings import read_settings
 
-STEPS = (1, 2, 5, 10, 20, 50, 100)
+STEPS = 10  # of the 100 that the schedule is made for
 
 
-def trained(flags, rollouts=None):
-    """Train with these flags: (start weights, {step: weights}, its rollouts). rollouts: those of
-    another run, to be trained on instead of sampling; a list of (Rollout, rows)."""
+def settings_of(flags):
+    """train.py's settings with these flags (a list)."""
+    return read_settings([*BASE.split(), "--validate-every", "1000", *flags, "--name", "run"])
+
+
+def trained(flags, rollouts=None, kept=()):
+    """Train with these flags (a list): ({step: weights}, its rollouts). Weights are kept of the
+    start, 0, of the steps in `kept` and of the last. rollouts: those of another run, to be trained
+    on instead of sampling; a list of (Rollout, rows)."""
     made, weights = [], {}
     sample_and_grade, update = train.sample_and_grade, train.update
 
     def replayed(run, s, step, chosen):
-        found = sample_and_grade(run, s, step, chosen) if rollouts is None else rollouts[step - 1]
-        made.append(copy.deepcopy(found))
-        return copy.deepcopy(found)
+        made.append(rollouts[step - 1] if rollouts else sample_and_grade(run, s, step, chosen))
+        return copy.deepcopy(made[-1])  # a step writes into its rows
 
     def watched(run, minibatches, s):
         if not weights:
             weights[0] = flat(run.model)
         seen = update(run, minibatches, s)
-        if len(made) in STEPS:
+        if len(made) in (*kept, s.stop_after or s.steps):
             weights[len(made)] = flat(run.model)
         return seen
-    here, quiet = os.getcwd(), io.StringIO()
-    train.sample_and_grade, train.update = replayed, watched
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), \
-                contextlib.redirect_stderr(quiet):
-            os.chdir(folder)
-            try:
-                train.train(*read_settings([*BASE.split(), "--validate-every", "1000",
-                                            *flags.split(), "--name", "run"]))
-            finally:
-                os.chdir(here)
-    finally:
-        train.sample_and_grade, train.update = sample_and_grade, update
+    with aside(), mock.patch.multiple(train, sample_and_grade=replayed, update=watched):
+        train.train(*settings_of(flags))
     return weights, made
 
 
@@ -67,6 +60,46 @@ def distances(weights, others):
             for step in weights.keys() & others.keys() if step}
 
 
+def equal_run(flags, alpha):
+    """The flags of the run without smoothing that makes the same weights as one with α.
+
+    With c = 1 − α, PSPO's gradient is c·g. A gradient-norm limit L cuts c·g as L/c cuts g. AdamW
+    divides by √v + ε: both scale with c where ε does, so ε counts as ε/c. SGD's rate η counts as
+    c·η. A KL term that shares the loss, β·k, counts as β/c. Nothing else knows c.
+    """
+    with aside():
+        s, _ = settings_of(flags)
+    c = 1 - alpha
+    flags = [*flags, "--alpha", "0", "--beta", str(s.beta / c),
+             "--max-grad-norm", str(s.max_grad_norm / c)]
+    if s.optimizer == "sgd":
+        return [*flags, "--learning-rate", str(s.learning_rate * c)]
+    return [*flags, "--adam-epsilon", str(s.adam_epsilon / c)]
+
+
+def replay(flags):
+    """{"steps", "distance": {α: of α = 0}, "rule": {α: of the run that the rule names}}."""
+    flags = flags + ["--stop-after", str(STEPS)]
+    base, rollouts = trained([*flags, "--alpha", "0"])
+    row = {"steps": STEPS, "distance": {}, "rule": {}}
+    for alpha in ALPHAS:
+        weights, _ = trained([*flags, "--alpha", str(alpha)], rollouts)
+        row["distance"][str(alpha)] = distances(base, weights)[STEPS]
+        same, _ = trained(equal_run(flags, alpha), rollouts)
+        row["rule"][str(alpha)] = distances(same, weights)[STEPS]
+    return row
+
+
+def live(flags):
+    """Where a run with α 0.1 first samples another token than one with α 0, counted from 1 (None
+    where it never does), and the share of completions that are the same."""
+    _, zero = trained([*flags, "--alpha", "0"])
+    _, tenth = trained([*flags, "--alpha", "0.1"])
+    same = [x == y for (a, _), (b, _) in zip(zero, tenth)
+            for x, y in zip(a.completions, b.completions)]
+    return {"first_difference": first_difference(zero, tenth), "same": sum(same) / len(same)}
+
+
 def first_difference(rollouts, others):
     """(step, completion, token) where two runs' samples first differ, counted from 1; or None."""
     for step, ((a, _), (b, _)) in enumerate(zip(rollouts, others), 1):
@@ -75,30 +108,3 @@ def first_difference(rollouts, others):
                 if x[t:t + 1] != y[t:t + 1]:
                     return step, c, t + 1
     return None
-
-
-ARMS = {"AdamW": "", "AdamW, limit 0.1 always active": "--max-grad-norm 0.1",
-        "AdamW, no limit": "--max-grad-norm 1e9", "AdamW, KL term β 0.1": "--beta 0.1",
-        "SGD, no limit": "--optimizer sgd --learning-rate 0.01 --max-grad-norm 1e9"}
-
-
-def main():
-    torch.set_num_threads(1)
-    print("| optimizer | α | " + " | ".join(f"step {n}" for n in STEPS) + " | live: first token "
-          "that differs |\n|---|---|" + "---:|" * len(STEPS) + "---|")
-    for name, flags in ARMS.items():
-        weights, rollouts = trained(f"--alpha 0 {flags}")
-        for alpha in (0.1, 0.5, 0.9):
-            others, _ = trained(f"--alpha {alpha} {flags}", rollouts)
-            found = distances(weights, others)
-            where = None
-            if alpha == 0.1:
-                _, live = trained(f"--alpha {alpha} {flags}")
-                where = first_difference(rollouts, live)
-            print(f"| {name} | {alpha} | " + " | ".join(f"{found[n]:.1e}" for n in STEPS)
-                  + (f" | step {where[0]}, completion {where[1]}, token {where[2]} |" if where
-                     else " | none |" if alpha == 0.1 else " | |"), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,21 @@
 """One run of one cell: train it in a folder that goes away, test its last weights, keep a row.
 
-What it does    calls train.main with the cell's flags and evaluate.answer on the test problems.
-What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py.
-Where to fork   what a row holds.
+What it does    calls train.train with the cell's flags and evaluate.answer on the test problems.
+                Flags of its own: --stale, --noise, --hopeless put something in train.py's place.
+What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py;
+                --replay and --live to replay.py.
+Where to fork   what a row holds; `row_of` is the whole of it.
 """
+import argparse
 import contextlib
 import io
+import json
 import os
 import statistics
 import tempfile
 import time
+from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -18,44 +24,193 @@ from checkpoint import checkpoints, read_rows
 from evaluate import answer, summarise
 from experiments.cells import BASE
 from model import Qwen2
+from objectives import policy_loss
 from rewards import load_problems
 from settings import read_settings
+from train import old_log_probs
 
 LAST = 10  # steps at the end of a run whose metrics are averaged
 MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entropy", "length_mean",
          "truncated", "reward_mean", "effective_sample_size"]
+WATCHED = 10  # every so many steps rounding is measured
+NEVER = 1_000_003  # a gold that no completion gives
 
 
+def special_flags():
+    """What experiments change beside the flags of train.py."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--stale", type=int, default=0, help="train on rollouts of the model so many steps ago")
+    add("--noise", type=float, default=0.0, help="sd of what is added to log-probs, nats")
+    add("--hopeless", action="store_true", help="train on problems whose gold no one gives")
+    add("--replay", action="store_true", help="other α's on the same rollouts (replay.py)")
+    add("--live", action="store_true", help="two runs that sample for themselves (replay.py)")
+    return parser
+
+
+@contextlib.contextmanager
+def aside():
+    """An empty folder to work in that goes away afterwards, nothing on the console, no figures."""
+    here, quiet = os.getcwd(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), \
+            contextlib.redirect_stderr(quiet), \
+            mock.patch.object(train, "draw_curves", lambda folder: None):
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+
+
+# ------------------------------------------------------------------ what takes train.py's place
+
+def stale(steps):
+    """`sample_and_grade`, but what a step trains on was sampled so many steps before it (by the
+    start model at first)."""
+    fresh, waiting = train.sample_and_grade, []
+
+    def sample_and_grade(run, s, step, chosen):
+        for ahead in range(step if step == 1 else step + steps, step + steps + 1):
+            chosen = train.prompt_order(len(run.problems), s.prompts_per_step, ahead, s.seed)
+            waiting.append(fresh(run, s, ahead, chosen))
+        return waiting.pop(0)
+    return sample_and_grade
+
+
+def old_log_probs_as_sampled(run, minibatches, s):
+    """`old_log_probs` where the model has moved on since: those the sampler noted."""
+    entropies = old_log_probs(run, minibatches, s)
+    for micro in (micro for minibatch in minibatches for micro in minibatch):
+        micro.old_logp_M = micro.sampler_logp_M
+    return entropies
+
+
+
+def noisy(sd, generator):
+    """`policy_loss` with fresh noise on the new log-probs, once an update has moved them: what a
+    rounding that every update draws anew does to ratios."""
+    def noisy_policy_loss(logp_N, old_logp_N, *rest):
+        if not logp_N.equal(old_logp_N):
+            logp_N = logp_N + sd * torch.randn(logp_N.shape, generator=generator)
+        return policy_loss(logp_N, old_logp_N, *rest)
+    return noisy_policy_loss
+
+
+def watched(update, sd, generator, found):
+    """`update`, which every so many steps also computes the new ratios exactly, in fp32 and without
+    noise, and appends to `found` what clips at 0.1 and 0.2 take of both."""
+    def log_probs(run, s, micros, dtype):
+        with mock.patch.object(run.model, "compute_dtype", dtype):
+            return torch.cat([run.model.completion_log_probs(micro.batch, s.temperature)[0]
+                              for micro in micros])
+
+    def watched_update(run, minibatches, s):
+        micros = [micro for minibatch in minibatches for micro in minibatch]
+        if (run.step + 1) % WATCHED or not micros:
+            return update(run, minibatches, s)
+        dtype = run.model.compute_dtype
+        before_M = log_probs(run, s, micros, torch.float32)
+        seen = update(run, minibatches, s)
+        exact_M = log_probs(run, s, micros, torch.float32) - before_M
+        rounded_M = log_probs(run, s, micros, dtype) - torch.cat([m.old_logp_M for m in micros])
+        rounded_M += sd * torch.randn(rounded_M.shape, generator=generator)
+        found.append(noise_metrics(exact_M, rounded_M, torch.cat([m.advantage_M for m in micros]),
+                                   torch.cat([m.weight_M for m in micros])))
+        return seen
+    return watched_update
+
+
+def noise_metrics(exact_M, rounded_M, advantage_M, weight_M):
+    """Of log-ratios with and without rounding: its sd; for clips at 0.1 and 0.2 the share of tokens
+    they remove, the share they would remove without rounding, and the share of the gradient's
+    weight Σ w·|A|·r that only rounding makes them remove."""
+    metrics = {"noise_sd": (rounded_M - exact_M).std().item(),
+               "moved_sd": exact_M.std().item()}
+    gradient_M = weight_M * advantage_M.abs() * exact_M.exp()
+    for limit in (0.1, 0.2):
+        removed, wanted = (((x.exp() > 1 + limit) & (advantage_M > 0)
+                            | (x.exp() < 1 - limit) & (advantage_M < 0))
+                           for x in (rounded_M, exact_M))
+        metrics |= {f"removed_{limit}": removed.double().mean().item(),
+                    f"removed_exact_{limit}": wanted.double().mean().item(),
+                    f"lost_{limit}": (gradient_M[removed & ~wanted].sum()
+                                      / gradient_M.sum()).item()}
+    return metrics
+
+
+def write_hopeless():
+    """hopeless.jsonl: the embedded training problems with a gold that no completion gives."""
+    lines = (train.HERE / "tiny" / "train.jsonl").read_text().splitlines()
+    Path("hopeless.jsonl").write_text("".join(
+        json.dumps({"question": json.loads(line)["question"], "answer": f"#### {NEVER}"}) + "\n"
+        for line in lines))
+    return ["--data", "hopeless.jsonl"]
+
+
+# ------------------------------------------------------------------ a run and its row
 
 def run_cell(cell):
     """Train one cell with one seed: its row. cell: (flags, seed)."""
     torch.set_num_threads(1)
-    flags, seed = cell
-    began, here, failed = time.process_time(), os.getcwd(), None
-    quiet = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-                s, run = read_settings([*BASE.split(), *flags.split(), "--seed", str(seed),
-                                        "--name", "run"])
-                try:
-                    train.train(s, run)
-                except SystemExit as e:  # a gradient that is not finite
-                    failed = str(e)
-                metrics = read_rows(run / "metrics.jsonl")
-                found = checkpoints(run)
-                scores = summarise(answer(Qwen2.from_pretrained(found[-1]),
-                                          load_problems("tiny", "test"), progress=None), 1)
-        finally:
-            os.chdir(here)
-    tail = [row for row in metrics[-LAST:] if row["step"] > 0]
-    means = {key: statistics.fmean(row[key] for row in tail if key in row)
-             for key in MEANS if any(key in row for row in tail)}
-    validation = [[row["step"], row["validation_accuracy"]] for row in metrics
-                  if "validation_accuracy" in row]
-    return {"flags": flags, "seed": seed, "test_strict": scores["strict"],
-            "test_flexible": scores["flexible"], "validation": validation,
-            "optimizer_steps": metrics[-1].get("optimizer_steps"),
-            "skipped_steps": metrics[-1].get("skipped_steps"), **means, "failed": failed,
+    began = time.process_time()
+    special, flags = special_flags().parse_known_args(cell[0].split())
+    flags += ["--seed", str(cell[1])]
+    if special.replay or special.live:
+        from experiments.replay import live, replay
+        row = (live if special.live else replay)(flags)
+    else:
+        row = row_of(special, flags)
+    return {"flags": cell[0], "seed": cell[1], **row,
             "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def row_of(special, flags):
+    """What is kept of a run: accuracy on the test problems, means over its last steps."""
+    failed, rounding = None, []
+    with aside(), contextlib.ExitStack() as changes:
+        if special.hopeless:
+            flags = flags + write_hopeless()
+        s, run = read_settings([*BASE.split(), *flags, "--name", "run"])
+        changed, generator = {}, torch.Generator().manual_seed(s.seed)
+        if special.stale:
+            changed = {"sample_and_grade": stale(special.stale),
+                       "old_log_probs": old_log_probs_as_sampled}
+        if special.noise or s.dtype == "bf16":
+            changed = {"policy_loss": noisy(special.noise, generator),
+                       "update": watched(train.update, special.noise, generator, rounding)}
+        for name, function in changed.items():
+            changes.enter_context(mock.patch.object(train, name, function))
+        try:
+            train.train(s, run)
+        except SystemExit as e:  # a gradient that is not finite
+            failed = str(e)
+        metrics, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
+        answers = answer(Qwen2.from_pretrained(checkpoints(run)[-1]),
+                         load_problems("tiny", "test"), progress=None)
+    steps = [row for row in metrics if row["step"] > 0]
+    row = {"test_" + key: summarise(answers, 1)[key] for key in ("strict", "flexible")}
+    row["validation"] = [[row["step"], row["validation_accuracy"]] for row in metrics
+                         if "validation_accuracy" in row]
+    row |= {key: metrics[-1].get(key) for key in ("optimizer_steps", "skipped_steps")}
+    row |= means(steps[-LAST:], MEANS) | means(rounding, rounding[0] if rounding else [])
+    if special.hopeless:
+        row |= means(steps, ["equal_groups"]) | what_was_learned(samples, answers)
+    return {**row, "failed": failed}
+
+
+def means(rows, keys):
+    """The mean of each key over the rows that have it."""
+    return {key: statistics.fmean(row[key] for row in rows if key in row)
+            for key in keys if any(key in row for row in rows)}
+
+
+def what_was_learned(samples, answers):
+    """Of a hopeless run: the mean of the largest |advantage| of the groups trained on (those in
+    samples.jsonl), and what became of test problems whose gold has one digit."""
+    groups = {}
+    for sample in samples:
+        groups.setdefault(sample["step"], []).append(abs(sample["advantage"]))
+    largest = [max(group) for group in groups.values() if any(group)]
+    short = [row for row in answers if len(row["gold"]) == 1]
+    return {"largest_advantage": statistics.fmean(largest) if largest else 0.0,
+            "short_strict": statistics.fmean(row["strict"] for row in short)}

@@ -1,5 +1,4 @@
 """Several processes by torchrun, gloo on the CPU: the same run as one process makes."""
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 import parallel
 import train as train_script
+from checkpoint import read_rows
 from settings import read_settings
 
 ROOT = Path(parallel.__file__).resolve().parent
@@ -40,8 +40,7 @@ def train(n, name, *flags):
 
 
 def rows(name, kind):
-    path = Path(f"runs/{name}/{kind}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(Path(f"runs/{name}/{kind}.jsonl"))
 
 
 def texts(name):
