@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.cells import EXPERIMENTS, SEEDS
+from experiments.cells import EXPERIMENTS, FIVE, SEEDS
 from experiments.run import run_cell
 from intervals import over_seeds
 
@@ -30,7 +30,7 @@ RESULTS, FIGURES = HERE / "results.jsonl", HERE.parent / "figures"
 def run_missing(names, n_jobs):
     """Run what is not in results.jsonl yet, the seeds of every cell in turn."""
     done = {(row["flags"], row["seed"]) for row in recorded()}
-    cells = dict.fromkeys((flags, seed) for name in names for seed in SEEDS
+    cells = dict.fromkeys((flags, seed) for name in names for seed in SEEDS.get(name, FIVE)
                           for flags in EXPERIMENTS[name].values())
     missing = [cell for cell in cells if cell not in done]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE,
