@@ -66,6 +66,7 @@ EXPERIMENTS = {
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},
         **{f"{arm} | bf16": ARMS[arm] + reuse(2, 1) + " --dtype bf16" for arm in NOISY}},
     "hopeless": {
+        "base model": "--hopeless --learning-rate 0 --steps 1",
         "paper's reward": "--hopeless --reward paper",
         "paper's reward, A not scaled": "--hopeless --reward paper --advantage-scale none",
         "ours": "--hopeless --reward correct"},

@@ -1,64 +1,183 @@
 """experiments/: every cell parses, a run leaves its row, tables and figures say what rows say."""
 import json
+import math
 import os
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import objectives
+import train
 from experiments import __main__ as entry
-from experiments import cells
-from experiments.replay import distances, first_difference, trained
-from experiments.run import run_cell
+from experiments import cells, report
+from experiments import run as runs
+from experiments.replay import (
+    distances,
+    equal_run,
+    first_difference,
+    live,
+    replay,
+    settings_of,
+    trained,
+)
 from settings import read_settings
 
 SMALL = ("--steps 2 --validate-every 2 --prompts-per-step 4 --group-size 4 --minibatches 2 "
          "--validation-problems 4")
 
 
-def test_every_cell_is_a_run_that_train_would_make(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------ cells
+
+def settings_of_cell(flags):
+    special, rest = runs.special_flags().parse_known_args(flags.split())
+    return special, read_settings([*cells.BASE.split(), *rest])[0]
+
+
+def test_every_cell_is_a_run_that_train_would_make():
+    seen = set()
     for name, experiment in cells.EXPERIMENTS.items():
         for label, flags in experiment.items():
-            s, _ = read_settings([*cells.BASE.split(), *flags.split()])
-            assert s.threads == 1 and s.steps in (100, 200), (name, label)
+            special, s = settings_of_cell(flags)
+            assert s.threads == 1 and s.steps in (100, 200, 1), (name, label)
+            seen |= {key for key, value in vars(special).items() if value}
+    assert seen == {"stale", "noise", "hopeless", "replay", "live"}
     stress = cells.EXPERIMENTS["stress"]
     assert len(set(stress.values())) == len(stress) == len(cells.ARMS)
+    assert cells.SEEDS.keys() | report.TABLES.keys() | report.OWN_TABLES.keys() \
+        | report.AGAINST.keys() == cells.EXPERIMENTS.keys()
 
 
-def test_every_arm_of_an_experiment_makes_as_many_optimizer_steps(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("mild", "stress"):
+def test_every_arm_of_an_experiment_makes_as_many_optimizer_steps():
+    for name in ("mild", "stress", "alpha", "stale", "noise"):
         counts = set()
         for flags in cells.EXPERIMENTS[name].values():
-            s, _ = read_settings([*cells.BASE.split(), *flags.split()])
+            _, s = settings_of_cell(flags)
             counts.add(s.steps * s.epochs * s.minibatches)
         assert len(counts) == 1, (name, counts)
 
 
-def test_a_run_leaves_its_row_and_no_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    row = run_cell((SMALL, 3))
-    assert row == run_cell((SMALL, 3)) | {"cpu_seconds": row["cpu_seconds"]}  # CPU: bit for bit
+def test_noise_of_that_size_moves_as_many_ratios_as_bf16_did_at_the_width_of_qwen():
+    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)) * cells.NOISE
+    assert ((x.exp() - 1).abs() > 0.1).double().mean().item() == pytest.approx(0.24, abs=0.005)
+
+
+# ------------------------------------------------------------------ runs
+
+def test_a_run_leaves_its_row_and_no_folder():
+    row = runs.run_cell((SMALL, 3))
+    again = runs.run_cell((SMALL, 3))
+    assert row | {"cpu_seconds": 0} == again | {"cpu_seconds": 0}  # CPU: bit for bit
     assert row["flags"] == SMALL and row["seed"] == 3 and row["failed"] is None
     assert 0 <= row["test_strict"] <= 1 and row["optimizer_steps"] == 8 and row["kl_old_new"] > 0
     assert [step for step, _ in row["validation"]] == [0, 2]
     assert os.listdir() == [] and json.loads(json.dumps(row)) == row
 
 
+def test_a_run_that_fails_leaves_a_row_that_says_so():
+    # a step of 1e20 leaves no number whole, so that step 2 stops; step 0's checkpoint is tested
+    row = runs.run_cell((SMALL.replace("--steps 2", "--steps 4") + " --learning-rate 1e20", 0))
+    assert "step" in row["failed"] and 0 <= row["test_strict"] <= 1
+
+
+def test_stale_rollouts_are_those_of_the_model_so_many_steps_ago(monkeypatch):
+    seen = []
+
+    def sample(run, s, step, chosen):
+        seen.append((step, run.step, chosen))
+        return step
+    monkeypatch.setattr(train, "sample_and_grade", sample)
+    s = SimpleNamespace(prompts_per_step=2, seed=0)
+    run = SimpleNamespace(problems=range(100), step=0)
+    stale = runs.stale(3)
+    trained_on = []
+    for step in range(1, 6):  # a step trains and the model has then made it
+        trained_on.append(stale(run, s, step, None))
+        run.step = step
+    assert trained_on == [1, 2, 3, 4, 5]
+    # rollouts 1 to 4 are of the start model, 5 of the model after step 1, and so on
+    assert [(n, model) for n, model, _ in seen] == [
+        (1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 3), (8, 4)]
+    assert [chosen for *_, chosen in seen] == [train.prompt_order(100, 2, n, 0)
+                                               for n in range(1, 9)]
+
+
+def test_the_ratios_of_stale_rollouts_are_to_the_model_that_sampled_them():
+    fresh = runs.run_cell((SMALL + " --steps 3 --learning-rate 1e-3", 0))
+    stale = runs.run_cell((SMALL + " --steps 3 --learning-rate 1e-3 --stale 2", 0))
+    assert stale["kl_old_new"] > 2 * fresh["kl_old_new"] > 0
+
+
+def test_noise_leaves_the_first_pass_alone_and_reaches_the_gradient():
+    old = torch.zeros(1000)
+    advantage, weight, sequence = torch.ones(1000), torch.full((1000,), 1e-3), torch.zeros(1000)
+    loss = runs.noisy(0.1, torch.Generator().manual_seed(0))
+    rest = (advantage, weight, sequence, objectives.noclip)
+    assert loss(old, old, *rest)[1].abs().max() == 0
+    logp = torch.full((1000,), 1e-6, requires_grad=True)
+    total, log_ratio = loss(logp, old, *rest)
+    assert log_ratio.std().item() == pytest.approx(0.1, rel=0.1)
+    total.backward()  # −w·A·r, with r = exp(log-ratio)
+    torch.testing.assert_close(logp.grad, -1e-3 * log_ratio.exp())
+
+
+def test_what_a_clip_removes_is_told_apart_by_hand():
+    # advantages +, +, −, −; true ratios 1, 1.15, 1, 0.5; with rounding 1.15, 1.05, 0.85, 0.5
+    exact = torch.tensor([1.0, 1.15, 1.0, 0.5]).log()
+    rounded = torch.tensor([1.15, 1.05, 0.85, 0.5]).log()
+    got = runs.noise_metrics(exact, rounded, torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.ones(4))
+    # at 0.1 rounding removes the first and third, weights 1 and 1 of 3.65, and spares the second
+    assert got["removed_0.1"] == 0.75 and got["removed_exact_0.1"] == 0.5
+    assert got["lost_0.1"] == pytest.approx(2 / 3.65)
+    assert got["removed_0.2"] == got["removed_exact_0.2"] == 0.25 and got["lost_0.2"] == 0
+
+
+def test_a_noisy_run_says_how_much_of_what_a_clip_removes_is_noise(monkeypatch):
+    monkeypatch.setattr(runs, "WATCHED", 1)
+    row = runs.run_cell((SMALL + f" --noise {cells.NOISE}", 0))
+    assert row["noise_sd"] == pytest.approx(cells.NOISE, rel=0.1) and row["moved_sd"] < 0.03
+    assert row["removed_0.1"] > 0.05 > row["removed_exact_0.1"]
+    assert row["removed_0.1"] > row["removed_0.2"]
+    bf16 = runs.run_cell((SMALL + " --dtype bf16", 0))
+    assert 1e-4 < bf16["noise_sd"] < 0.05  # 8 bits of mantissa
+
+
+def test_a_hopeless_run_trains_on_the_format_bonus_alone():
+    assert (Path(train.HERE) / "tiny" / "train.jsonl").exists()
+    paper = runs.run_cell((SMALL + " --hopeless --reward paper --prompts-per-step 16", 0))
+    # one completion of four without the bonus: −0.0375 / (0.025 + 1e-4) = −1.494; a reward of 1
+    # instead of 0.05 would give −0.75 / (0.5 + 1e-4) = −1.500
+    assert 1.3 < paper["largest_advantage"] <= 0.0375 / 0.0251 + 1e-6
+    assert paper["equal_groups"] < 1 and 0 <= paper["short_strict"] <= 1
+    one = train.group_advantages(torch.tensor([[0.05, 0.05, 0.05, 0.0]]))
+    assert one[0, 3].item() == pytest.approx(-1.494, abs=1e-3)
+
+
+# ------------------------------------------------------------------ replay
+
 def test_a_replay_repeats_a_run_and_names_where_another_leaves_it():
-    import torch
-    torch.set_num_threads(1)
-    flags = SMALL + " --learning-rate 1e-3 --max-grad-norm 1e9"
-    weights, rollouts = trained(f"--alpha 0 {flags}")
+    flags = SMALL.split() + ["--learning-rate", "1e-3", "--max-grad-norm", "1e9"]
+    weights, rollouts = trained([*flags, "--alpha", "0"], kept=(1,))
     assert sorted(weights) == [0, 1, 2]
-    again, _ = trained(f"--objective noclip {flags}", rollouts)  # α = 0 is noclip
+    again, _ = trained([*flags, "--objective", "noclip"], rollouts, kept=(1,))  # α = 0 is noclip
     assert distances(weights, again) == {1: 0.0, 2: 0.0}
-    other, _ = trained(f"--alpha 0.5 {flags}", rollouts)
+    other, _ = trained([*flags, "--alpha", "0.5"], rollouts)
     assert all(0 < x < 0.1 for x in distances(weights, other).values())  # AdamW
-    sgd = flags + " --optimizer sgd --epochs 1 --minibatches 1 --stop-after 1"
-    full, rollouts = trained(f"--alpha 0 {sgd}")
-    half, _ = trained(f"--alpha 0.5 {sgd}", rollouts)
+    sgd = [*flags, "--optimizer", "sgd", "--epochs", "1", "--minibatches", "1", "--stop-after",
+           "1"]
+    full, rollouts = trained([*sgd, "--alpha", "0"])
+    half, _ = trained([*sgd, "--alpha", "0.5"], rollouts)
     # one step of SGD, half as long: half of the way is missing
     assert distances(full, half)[1] == pytest.approx(0.5, abs=1e-3)
     a, b = (SimpleNamespace(completions=x) for x in ([[1, 2], [3]], [[1, 2], [3, 4]]))
@@ -66,26 +185,143 @@ def test_a_replay_repeats_a_run_and_names_where_another_leaves_it():
     assert first_difference([(a, 0)], [(a, 0)]) is None
 
 
-def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(entry, "RESULTS", tmp_path / "results.jsonl")
+@pytest.mark.parametrize("flags", [
+    "--max-grad-norm 1e9", "--max-grad-norm 0.3", "--beta 0.1",
+    "--optimizer sgd --learning-rate 0.003 --max-grad-norm 1 --beta 0.1"])
+def test_smoothing_by_one_half_is_bit_for_bit_the_unsmoothed_run_that_the_rule_names(flags):
+    # c = 1/2 only moves exponents; the norm's own guard, 1e-6 in clip_grad_norm_, is the exception
+    flags = SMALL.split() + flags.split()
+    weights, rollouts = trained([*flags, "--alpha", "0.5"])
+    same, _ = trained(equal_run(flags, 0.5), rollouts)
+    assert distances(weights, same)[2] < (1e-12 if "1e9" in flags else 1e-4)
+    s, _ = settings_of(equal_run(flags, 0.5))
+    given, _ = settings_of(flags)
+    assert s.alpha == 0 and s.max_grad_norm == 2 * given.max_grad_norm
+    assert s.beta == 2 * given.beta
+    if given.optimizer == "sgd":
+        assert s.learning_rate == given.learning_rate / 2
+    else:
+        assert s.adam_epsilon == 2e-8 and s.learning_rate == given.learning_rate
+
+
+def test_alpha_is_what_epsilon_of_adam_leaves_of_it(monkeypatch):
+    flags = SMALL.split() + ["--max-grad-norm", "1e9"]
+    monkeypatch.setattr("experiments.replay.ALPHAS", (0.1,))
+    monkeypatch.setattr("experiments.replay.STEPS", 2)
+    usual = replay(flags)
+    tiny = replay([*flags, "--adam-epsilon", "1e-15"])
+    assert 1e-4 < usual["distance"]["0.1"] < 1e-2  # gradients near 1e-8 feel it
+    assert tiny["distance"]["0.1"] < 1e-4 and usual["rule"]["0.1"] < 1e-4
+
+
+def test_live_runs_that_never_part_have_no_first_difference():
+    assert live([*SMALL.split(), "--learning-rate", "0"]) == {"first_difference": None, "same": 1.0}
+    found = live([*SMALL.split(), "--optimizer", "sgd", "--learning-rate", "1", "--max-grad-norm",
+                  "1e9"])
+    assert found["first_difference"][0] == 2 and 0 <= found["same"] < 1
+
+
+# ------------------------------------------------------------------ the entry
+
+def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
     monkeypatch.setattr(entry, "EXPERIMENTS", {"one": {"arm": SMALL}})
-    monkeypatch.setattr(entry, "SEEDS", range(2))
-    (tmp_path / "results.jsonl").write_text(json.dumps({"flags": SMALL, "seed": 0}) + "\n")
-    entry.run_missing(["one"], 1)
-    assert [row["seed"] for row in entry.recorded()] == [0, 1]
+    monkeypatch.setattr(entry, "FIVE", range(2))
+    path.write_text(json.dumps({"flags": SMALL, "seed": 0}) + "\n")
+    cells = entry.missing(["one"], entry.recorded(path))
+    assert cells == [(SMALL, 1)]
+    entry.run(cells, path, 1)
+    assert [row["seed"] for row in entry.recorded(path)] == [0, 1]
+    assert entry.missing(["one"], entry.recorded(path)) == []
+    with open(path, "a") as file:
+        file.write('{"flags": "--st')
+    with pytest.raises(SystemExit, match="line 3 is not JSON"):
+        entry.recorded(path)
 
 
-def test_tables_and_figures_say_what_the_rows_say(tmp_path):
-    x = [0.5, 0.6, 0.7]
-    rows = [{"flags": "a", "seed": seed, "test_strict": value, "kl_old_new": 0.5,
-             "clip_removed": 0.25, "gradient_norm": 2.0} for seed, value in enumerate(x)]
+def test_the_entry_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):
+    for argv, words in ((["strss"], "no experiment strss; there are mild, stress"),
+                        (["--jobs", "0"], "--jobs is 0")):
+        monkeypatch.setattr("sys.argv", ["experiments", *argv])
+        with pytest.raises(SystemExit):
+            entry.main()
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["experiments", "--draw", "--results", str(tmp_path / "no")])
+    with pytest.raises(SystemExit, match="holds no row yet"):
+        entry.main()
+
+
+# ------------------------------------------------------------------ report
+
+def test_a_table_says_what_the_rows_say(monkeypatch):
+    monkeypatch.setattr(report, "EXPERIMENTS", {"mild": {"A": "a", "B": "b", "C": "c"}})
+    monkeypatch.setattr(report, "AGAINST", {"mild": "A"})
+    monkeypatch.setattr(report, "TABLES", {"mild": [report.ACCURACY, report.LOST]})
+    rows = [{"flags": flags, "seed": seed, "test_strict": x, "optimizer_steps": 8,
+             "skipped_steps": 2} for flags, values in (("a", [0.5, 0.6, 0.7]), ("b", [0.4, 0.6]))
+            for seed, x in enumerate(values)]
     # sd 0.1; the interval of three runs: 0.6 ± 4.3027·0.1/√3 = 0.3516 … 0.8484
-    assert statistics.stdev(x) == pytest.approx(0.1)
-    text = entry.table(rows, {"A": "a", "B": "b"})
-    assert "| A | 3 | 60.0% ± 10.0% [35.2%, 84.8%] | 5.0e-01 | 25.0% | 2.00 |" in text
-    assert "| B | 0 | – |" in text
-    entry.draw_bars(rows, {"A": "a", "B": "b"}, tmp_path / "bars.png", "bars")
-    grid = {f"A | {epochs} | {times}": "a" for epochs in (1, 2) for times in (1, 10)}
-    entry.draw_reuse(rows, grid, tmp_path / "reuse.png")
-    for name in ("bars.png", "reuse.png"):
-        assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
+    assert statistics.stdev([0.5, 0.6, 0.7]) == pytest.approx(0.1)
+    # B − A of the seeds both have: −10 and 0; −5 ± 12.7062·√50/√2 = −68.5 … 58.5
+    assert report.table(rows, "mild").splitlines() == [
+        "| arm | seeds | accuracy (%) | above A (points) | optimizer steps lost (%) |",
+        "|---|---:|---:|---:|---:|",
+        "| A | 3 | 60.0 ± 10.0 [35.2, 84.8] |  | 25 ± 0 [25, 25] |",
+        "| B | 2 | 50.0 ± 14.1 [-77.1, 177.1] | -5.0 [-68.5, +58.5], none shown | "
+        "25 ± 0 [25, 25] |",
+        "| C | 0 | – | – | – |"]
+
+
+def test_the_chosen_rate_is_the_one_with_the_best_validation_accuracy():
+    grid = {tuple(label.split(" | ")): flags
+            for label, flags in cells.EXPERIMENTS["reuse"].items()}
+    # × 3 is best on validation, × 1 on the test: × 3 is taken, and its test accuracy told
+    rows = [{"flags": grid["clip ε 0.2", "8", times], "seed": seed, "test_strict": test,
+             "validation": [[0, 0.99], [100, found]]}
+            for times, test, found in (("1", 0.9, 0.5), ("3", 0.8, 0.7), ("10", 0.7, 0.6))
+            for seed in range(2)]
+    assert report.rate_table(rows).splitlines()[2:] == [
+        "| clip ε 0.2 | 8 | × 3 | 2 | 80.0 ± 0.0 [80.0, 80.0] |  |"]
+
+
+def test_tables_of_replays_give_the_largest_distance_to_the_rules_run():
+    (name, flags), *_ = cells.EXPERIMENTS["replay"].items()
+    rows = [{"flags": flags, "seed": seed,
+             "distance": {str(alpha): alpha * (seed + 1) for alpha in cells.ALPHAS},
+             "rule": {str(alpha): 1e-6 * (seed + 1) for alpha in cells.ALPHAS}}
+            for seed in range(2)]
+    line = report.replay_table(rows).splitlines()[2]
+    # α 0.1: 0.1 and 0.2, so 0.15 ± 12.7062·0.0707/√2 = 0.15 ± 0.64
+    assert line.startswith(f"| {name} | 2 |") and "| 1.5e-01 ± 6e-01 |" in line
+    assert line.endswith("| 2e-06 |")
+    (flags,) = cells.EXPERIMENTS["live"].values()
+    rows = [{"flags": flags, "seed": 0, "first_difference": [3, 2, 1], "same": 0.5},
+            {"flags": flags, "seed": 1, "first_difference": None, "same": 1.0}]
+    assert report.live_table(rows).splitlines()[2:] == [
+        "| 0 | step 3, completion 2, token 1 | 50.0% |", "| 1 | none | 100.0% |"]
+
+
+def test_the_readme_holds_the_tables_of_the_recorded_rows(tmp_path):
+    rows = entry.recorded(entry.RESULTS)
+    copy = tmp_path / "README.md"
+    copy.write_text(report.README.read_text())
+    report.write_readme(rows, copy)
+    assert copy.read_text() == report.README.read_text()
+    for name in (*cells.EXPERIMENTS, "cost"):
+        assert f"<!-- table: {name} -->" in copy.read_text(), name
+
+
+def test_every_recorded_row_is_of_a_cell_and_every_cell_has_its_seeds():
+    rows = entry.recorded(entry.RESULTS)
+    there = [(row["flags"], row["seed"]) for row in rows]
+    assert len(set(there)) == len(there)
+    assert {flags for flags, _ in there} <= {
+        flags for experiment in cells.EXPERIMENTS.values() for flags in experiment.values()}
+    assert entry.missing(list(cells.EXPERIMENTS), rows) == []
+    assert not any(math.isnan(x) for row in rows for x in row.values() if isinstance(x, float))
+
+
+def test_figures_are_drawn(tmp_path):
+    report.draw_figures(entry.recorded(entry.RESULTS), tmp_path)
+    for name in ("arms", "alpha", "reuse"):
+        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"

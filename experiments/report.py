@@ -1,0 +1,272 @@
+"""What the recorded rows say: the README's tables, rewritten in place, and its figures.
+
+What it does    turns rows of results.jsonl into Markdown tables and figures. A number is a mean
+                over seeds ± their standard deviation [95 % interval of the mean, Student's t].
+What it leaves  making rows to run.py, intervals to intervals.py.
+Where to fork   a column is a line of TABLES; a figure a function.
+"""
+import re
+import statistics
+from pathlib import Path
+
+from experiments.cells import ALPHAS, EXPERIMENTS, FOUR
+from intervals import over_seeds
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+FIGURES = README.parent / "figures"
+
+# header, key of a row (or a function of it), factor, digits
+ACCURACY = ("accuracy (%)", "test_strict", 100, 1)
+KL = ("KL(old‖new) (10⁻³ nats)", "kl_old_new", 1e3, 2)
+SMALL_KL = ("KL(old‖new) (10⁻⁶ nats)", "kl_old_new", 1e6, 1)
+REMOVED = ("gradient a 0.2 clip removes (%)", "clip_removed", 100, 1)
+NORM = ("gradient norm", "gradient_norm", 1, 2)
+LOST = ("optimizer steps lost (%)", lambda row: row["skipped_steps"] / row["optimizer_steps"],
+        100, 0)
+
+
+def noise_of(limit):
+    """Columns of what a clip at this limit removes, and how much of it is rounding."""
+    return [(f"tokens a {limit} clip removes (%)", f"removed_{limit}", 100, 1),
+            ("of them without noise (%)", f"removed_exact_{limit}", 100, 1),
+            ("gradient lost to noise (%)", f"lost_{limit}", 100, 1)]
+
+
+TABLES = {
+    "mild": [ACCURACY, SMALL_KL, NORM, LOST],
+    "stress": [ACCURACY, KL, REMOVED, NORM, LOST],
+    "alpha": [ACCURACY, SMALL_KL, NORM],
+    "stale": [ACCURACY, KL, REMOVED, NORM, LOST],
+    "noise": [ACCURACY, ("sd of noise (nats)", "noise_sd", 1, 4), *noise_of(0.1), *noise_of(0.2)],
+    "hopeless": [("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
+                 ("largest |A| in them", "largest_advantage", 1, 2),
+                 ("accuracy, all problems (%)", "test_strict", 100, 1),
+                 ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
+AGAINST = {  # of a table: the arm that the others are compared with
+    "mild": "clip ε 0.2", "stress": "clip ε 0.2", "alpha": "α 0", "noise": "clip ε 0.2 | noise",
+    "stale": "clip ε 0.2 | 4"}
+
+
+# ------------------------------------------------------------------ numbers of cells
+
+def values(rows, flags, key="test_strict"):
+    """{seed: value} of a cell, by key or by a function of the row; seeds without it left out."""
+    get = key if callable(key) else lambda row: row.get(key)
+    found = {row["seed"]: get(row) for row in rows if row["flags"] == flags}
+    return {seed: found[seed] for seed in sorted(found) if found[seed] is not None}
+
+
+def in_numbers(x, factor=1, digits=1):
+    """"mean ± sd [interval]" of the values of the seeds."""
+    x = [value * factor for value in x]
+    if not x:
+        return "–"
+    if len(x) == 1:
+        return f"{x[0]:.{digits}f}"
+    mean, interval = over_seeds(x)
+    low, high = interval or (mean, mean)
+    return (f"{mean:.{digits}f} ± {statistics.stdev(x):.{digits}f} [{low:.{digits}f}, "
+            f"{high:.{digits}f}]")
+
+
+def difference(x, y):
+    """What x is above y, in points, seed by seed: "mean [interval]", and whether that shows one.
+    x, y: {seed: share}."""
+    d = [(x[seed] - y[seed]) * 100 for seed in x.keys() & y.keys()]
+    if len(d) < 2:
+        return "–"
+    mean, interval = over_seeds(d)
+    if interval is None:
+        return f"{mean:+.1f} in every seed"
+    low, high = interval
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + (", none shown" if low <= 0 <= high else "")
+
+
+def markdown(header, lines):
+    rule = "|---" + "|---:" * (len(header) - 1) + "|"
+    return "\n".join(["| " + " | ".join(header) + " |", rule]
+                     + ["| " + " | ".join(map(str, line)) + " |" for line in lines])
+
+
+# ------------------------------------------------------------------ tables
+
+def table(rows, name):
+    """The table of an experiment, a line for each of its arms."""
+    if name in OWN_TABLES:
+        return OWN_TABLES[name](rows)
+    cells, columns, against = EXPERIMENTS[name], TABLES[name], AGAINST.get(name)
+    header = ["arm", "seeds", *(title for title, *_ in columns)]
+    if against:
+        header.insert(3, f"above {against} (points)")
+    lines = []
+    for arm, flags in cells.items():
+        line = [arm.replace("|", "\\|"), len(values(rows, flags, "flags"))]
+        line += [in_numbers(values(rows, flags, key).values(), factor, digits)
+                 for _, key, factor, digits in columns]
+        if against:
+            line.insert(3, "" if arm == against else
+                        difference(values(rows, flags), values(rows, cells[against])))
+        lines.append(line)
+    return markdown([title.replace("|", "\\|") for title in header], lines)
+
+
+def replay_table(rows):
+    """Distance to the run with α = 0, as a share of the distance travelled, and the largest one to
+    the run that the rule names."""
+    header = ["settings", "seeds", *(f"α {alpha}" for alpha in ALPHAS),
+              "largest to the rule's run"]
+    lines = []
+    for name, flags in EXPERIMENTS["replay"].items():
+        found = values(rows, flags, "distance")
+        rule = values(rows, flags, "rule")
+        line = [name, len(found)]
+        for alpha in map(str, ALPHAS):
+            x = [distance[alpha] for distance in found.values()]
+            mean, interval = over_seeds(x) if len(x) > 1 else (x[0] if x else None, None)
+            line.append("–" if mean is None else f"{mean:.1e}" if interval is None else
+                        f"{mean:.1e} ± {interval[1] - mean:.0e}")
+        largest = [d for distance in rule.values() for d in distance.values()]
+        lines.append([*line, f"{max(largest):.0e}" if largest else "–"])
+    return markdown(header, lines)
+
+
+def live_table(rows):
+    """Where two runs that sample for themselves part."""
+    (flags,) = EXPERIMENTS["live"].values()
+    where, same = values(rows, flags, "first_difference"), values(rows, flags, "same")
+    return markdown(["seed", "first token that differs", "equal completions, of 6,400"],
+                    [[seed, "step {}, completion {}, token {}".format(*where[seed])
+                      if seed in where else "none", f"{same[seed]:.1%}"] for seed in same])
+
+
+def rate_table(rows):
+    """Each arm at the learning rate, of three, with its best validation accuracy."""
+    grid = {tuple(label.split(" | ")): flags for label, flags in EXPERIMENTS["reuse"].items()}
+    lines = []
+    for epochs in sorted({int(epochs) for _, epochs, _ in grid}):
+        best = {}
+        for arm in FOUR:
+            found = {times: validation for times in ("1", "3", "10") if (validation := values(
+                rows, grid[arm, str(epochs), times], last_validation))}
+            if found:
+                best[arm] = max(found, key=lambda times: statistics.fmean(found[times].values()))
+        for arm, times in best.items():
+            x = values(rows, grid[arm, str(epochs), times])
+            y = values(rows, grid[FOUR[0], str(epochs), best.get(FOUR[0], times)])
+            lines.append([arm, epochs, f"× {times}", len(x), in_numbers(x.values(), 100),
+                          "" if arm == FOUR[0] else difference(x, y)])
+    return markdown(["arm", "epochs", "rate, chosen on validation", "seeds", "accuracy (%)",
+                     f"above {FOUR[0]} (points)"], lines)
+
+
+def last_validation(row):
+    return row["validation"][-1][1]
+
+
+OWN_TABLES = {"replay": replay_table, "live": live_table, "reuse": rate_table}
+
+
+def cost(rows):
+    """One sentence: how many runs, and how long they took one core. Rows without their time count
+    as their cell's others."""
+    seconds = [row.get("cpu_seconds") or statistics.fmean(
+        [other["cpu_seconds"] for other in rows
+         if other["flags"] == row["flags"] and "cpu_seconds" in other] or [0]) for row in rows]
+    return (f"{len(rows)} runs, {sum(seconds) / 3600:.1f} hours of one core: half of that on two.")
+
+
+def write_readme(rows, path=README):
+    """Put every table in its place: between <!-- table: NAME --> and <!-- end -->."""
+    path.write_text(re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)",
+        lambda found: found[1] + (cost(rows) if found[2] == "cost" else table(rows, found[2]))
+        + "\n", path.read_text(), flags=re.S))
+
+
+# ------------------------------------------------------------------ figures
+
+# color-blind safe, told apart by line and marker too
+STYLES = [("#d55e00", "--", "s"), ("0.5", ":", "o"), ("#0072b2", "-", "^"), ("black", "-.", "D"),
+          ("#009e73", (0, (5, 1, 1, 1, 1, 1)), "v"), ("#cc79a7", (0, (1, 1)), "P")]
+
+
+def draw_arms(rows, plt):
+    """Every seed as a dot, the mean and its interval as a bar: one line an arm, two regimes."""
+    cells = EXPERIMENTS["stress"]
+    mild = {flags.split(" --epochs")[0]: flags for flags in EXPERIMENTS["mild"].values()}
+    order = sorted(cells, key=lambda arm: -statistics.fmean(
+        values(rows, cells[arm]).values() or [0]))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.36 * len(cells) + 1.4), sharey=True,
+                                layout="constrained")
+    for axis, title, flags_of in (
+            (axes[0], "mild: 2 epochs, learning rate × 1", mild.get),
+            (axes[1], "stress: 8 epochs, learning rate × 10", {
+                flags.split(" --epochs")[0]: flags for flags in cells.values()}.get)):
+        for y, arm in enumerate(order):
+            x = list(values(rows, flags_of(cells[arm].split(" --epochs")[0])).values())
+            axis.plot(x, [y] * len(x), "o", color="0.55", markersize=5, markerfacecolor="none")
+            if len(x) > 1:
+                mean, interval = over_seeds(x)
+                axis.plot([mean], [y], "|", color="black", markersize=15, markeredgewidth=2.5)
+                low, high = interval or (mean, mean)
+                axis.plot([max(low, 0), min(high, 1)], [y, y], color="#0072b2", linewidth=3,
+                          zorder=0, alpha=0.7)
+        axis.set(yticks=range(len(order)), yticklabels=order, xlim=(-0.02, 1.02), title=title,
+                 xlabel="greedy strict accuracy, 200 test problems")
+        axis.grid(axis="x", color="0.9")
+    axes[0].invert_yaxis()
+    return figure
+
+
+def draw_replay(rows, plt):
+    """Distance to α = 0 against α, a line for each set of settings."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for (name, flags), (color, line, marker) in zip(EXPERIMENTS["replay"].items(), STYLES):
+        found = values(rows, flags, "distance").values()
+        if found:
+            means = [statistics.fmean(d[str(alpha)] for d in found) for alpha in ALPHAS]
+            axis.plot(ALPHAS, means, color=color, linestyle=line, marker=marker, label=name)
+    axis.axhline(1e-3, color="0.85", zorder=0)
+    axis.set(yscale="log", xlabel="α", ylabel="distance to the run with α = 0\n"
+             "(share of the distance travelled)", xticks=ALPHAS,
+             xticklabels=[str(alpha) for alpha in ALPHAS], ylim=(1e-6, 2))
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center",
+                  ncols=2)
+    return figure
+
+
+def draw_reuse(rows, plt):
+    """Accuracy against epochs, a panel for each learning rate, a line for each arm."""
+    grid = {tuple(label.split(" | ")): flags for label, flags in EXPERIMENTS["reuse"].items()}
+    rates = ("1", "3", "10")
+    epochs = sorted({int(epochs) for _, epochs, _ in grid})
+    figure, axes = plt.subplots(1, len(rates), figsize=(10, 3.6), sharey=True,
+                                layout="constrained")
+    for axis, times in zip(axes, rates):
+        for shift, (arm, (color, line, marker)) in enumerate(zip(FOUR, STYLES)):
+            points = [(e, list(values(rows, grid[arm, str(e), times]).values())) for e in epochs]
+            points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x)) for e, x in points if len(x) > 1]
+            if points:
+                x, means, intervals = zip(*points)
+                halves = [0 if i is None else m - i[0] for m, i in zip(means, intervals)]
+                axis.errorbar(x, means, halves, color=color, linestyle=line, marker=marker,
+                              capsize=3, label=arm)
+        axis.set(xscale="log", xticks=epochs, xticklabels=map(str, epochs), ylim=(0, 1.02),
+                 title=f"learning rate × {times}", xlabel="epochs per rollout")
+        axis.minorticks_off()
+        axis.grid(axis="y", color="0.9")
+    axes[0].set_ylabel("greedy strict accuracy")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False,
+                  loc="outside lower center", ncols=len(FOUR))
+    return figure
+
+
+def draw_figures(rows, folder=FIGURES):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    for name, draw in (("arms", draw_arms), ("alpha", draw_replay), ("reuse", draw_reuse)):
+        figure = draw(rows, plt)
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        plt.close(figure)
+        print(f"wrote {folder / name}.png")
