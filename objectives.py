@@ -233,25 +233,26 @@ def gradient_weight(objective, ratio, sign):
 
 def main():
     from functools import partial
-    arms = {"noclip": noclip, "clip ε=0.2": clip, "pspo α=0.1": pspo,
+    arms = {"noclip": noclip, "clip ε=0.2": clip,
+            "clip .2, .28 (DAPO)": partial(clip, epsilon_high=0.28), "pspo α=0.1": pspo,
             "pspo α=0.5": partial(pspo, alpha=0.5), "log_pspo α=0.1": log_pspo,
             "cispo r≤2": partial(cispo, ratio_max=2.0), "sapo τ=1": sapo, "scopic τ=4": scopic}
     ratios = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0]
     for sign in (1.0, -1.0):
         print(f"\nweight on A·∇log π where the advantage is {sign:+.0f}\n")
-        print("ratio          " + "".join(f"{r:7.2f}" for r in ratios))
+        print(f"{'ratio':20}" + "".join(f"{r:7.2f}" for r in ratios))
         for name, objective in arms.items():
             weights = (gradient_weight(objective, ratios, sign) + 0.0).tolist()  # −0 becomes 0
-            print(f"{name:15}" + "".join(f"{w:7.2f}" for w in weights))
+            print(f"{name:20}" + "".join(f"{w:7.2f}" for w in weights))
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     grid = [i / 200 for i in range(2, 480)]
-    styles = [("0.6", ":"), ("#d55e00", "--"), ("#0072b2", "-"), ("#56b4e9", "-."), ("black", "-"),
-              ("#009e73", (0, (5, 1, 1, 1, 1, 1))), ("#cc79a7", (0, (1, 1))),
-              ("#e69f00", (0, (8, 2)))]
+    styles = [("0.6", ":"), ("#d55e00", "--"), ("0.3", (0, (3, 2))), ("#0072b2", "-"),
+              ("#56b4e9", "-."), ("black", "-"), ("#009e73", (0, (5, 1, 1, 1, 1, 1))),
+              ("#cc79a7", (0, (1, 1))), ("#e69f00", (0, (8, 2)))]
     for axis, sign in zip(axes, (1.0, -1.0)):
         for (name, objective), (color, line) in zip(arms.items(), styles):
             axis.plot(grid, gradient_weight(objective, grid, sign), color=color, linestyle=line,
@@ -260,7 +261,7 @@ def main():
         axis.axvline(1, color="0.85", zorder=0)
     axes[0].set_ylabel("weight on A·∇log π")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
-                  ncols=4)
+                  ncols=5)
     figure.savefig(FIGURE, dpi=130)
     print(f"\nwrote {FIGURE}")
 

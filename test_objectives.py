@@ -353,6 +353,19 @@ def test_alpha_is_a_learning_rate_factor_under_sgd_and_almost_nothing_under_adam
     assert distances["sgd"] == pytest.approx(0.1, rel=0.1)
 
 
+def test_adamw_with_alpha_is_adamw_with_a_larger_epsilon():
+    # Its step is η·m/(√v + ε), m a mean of gradients, v one of their squares. With c = 1 − α before
+    # the gradient that is η·c·m/(c·√v + ε) = η·m/(√v + ε/c): of α only ε/c is left.
+    def adamw(epsilon):
+        return partial(torch.optim.AdamW, weight_decay=0.0, eps=epsilon)
+    for alpha in (0.1, 0.5, 0.9):
+        smoothed = trajectory(adamw(1e-4), partial(pspo, alpha=alpha), 1e-3)
+        plain = trajectory(adamw(1e-4), noclip, 1e-3)
+        same = trajectory(adamw(1e-4 / (1 - alpha)), noclip, 1e-3)
+        torch.testing.assert_close(smoothed, same, rtol=1e-9, atol=1e-11)
+        assert (smoothed - plain).abs().max() > 1e-5  # with an ε of 1e-4 α is not nothing
+
+
 def test_sgd_with_alpha_is_sgd_with_a_smaller_learning_rate():
     smoothed = trajectory(torch.optim.SGD, partial(pspo, alpha=0.1), 0.1)
     slower = trajectory(torch.optim.SGD, noclip, 0.1 * 0.9)

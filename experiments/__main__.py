@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments import report
-from experiments.cells import EXPERIMENTS, FIVE, SEEDS
+from experiments.cells import EXPERIMENTS, seeds
 from experiments.run import run_cell
 
 HERE = Path(__file__).resolve().parent
@@ -28,9 +28,10 @@ RESULTS = HERE / "results.jsonl"
 def missing(names, rows):
     """The (flags, seed) of these experiments without a row, the seeds of every cell in turn."""
     done = {(row["flags"], row["seed"]) for row in rows}
-    cells = dict.fromkeys((flags, seed) for name in names for seed in SEEDS.get(name, FIVE)
-                          for flags in EXPERIMENTS[name].values())
-    return [cell for cell in cells if cell not in done]
+    cells = dict.fromkeys((flags, seed) for name in names
+                          for label, flags in EXPERIMENTS[name].items()
+                          for seed in seeds(name, label))
+    return sorted((cell for cell in cells if cell not in done), key=lambda cell: cell[1])
 
 
 def recorded(path):
@@ -82,6 +83,7 @@ def main():
         sys.exit(f"error: {args.results} holds no row yet; run without --draw first")
     for name in names:
         print(f"\n{name}\n\n{report.table(rows, name)}")
+    print(f"\n{report.cost(rows)}")
     report.write_readme(rows)
     report.draw_figures(rows)
 

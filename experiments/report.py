@@ -36,15 +36,19 @@ TABLES = {
     "mild": [ACCURACY, SMALL_KL, NORM, LOST],
     "stress": [ACCURACY, KL, REMOVED, NORM, LOST],
     "alpha": [ACCURACY, SMALL_KL, NORM],
+    "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
     "stale": [ACCURACY, KL, REMOVED, NORM, LOST],
     "noise": [ACCURACY, ("sd of noise (nats)", "noise_sd", 1, 4), *noise_of(0.1), *noise_of(0.2)],
     "hopeless": [("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
                  ("accuracy, all problems (%)", "test_strict", 100, 1),
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
-AGAINST = {  # of a table: the arm that the others are compared with
-    "mild": "clip ε 0.2", "stress": "clip ε 0.2", "alpha": "α 0", "noise": "clip ε 0.2 | noise",
-    "stale": "clip ε 0.2 | 4"}
+AGAINST = {  # the arm that the others are compared with (all else of their cells being equal)
+    "mild": "clip ε 0.2", "stress": "clip ε 0.2", "reuse": "clip ε 0.2", "stale": "clip ε 0.2",
+    "noise": "clip ε 0.2", "alpha": "α 0"}
+LABELS = {  # what the parts of a cell's label are, where there are several
+    "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago"],
+    "noise": ["arm", "log-probs"]}
 
 
 # ------------------------------------------------------------------ numbers of cells
@@ -83,6 +87,7 @@ def difference(x, y):
 
 
 def markdown(header, lines):
+    header = [title.replace("|", "\\|") for title in header]
     rule = "|---" + "|---:" * (len(header) - 1) + "|"
     return "\n".join(["| " + " | ".join(header) + " |", rule]
                      + ["| " + " | ".join(map(str, line)) + " |" for line in lines])
@@ -91,23 +96,26 @@ def markdown(header, lines):
 # ------------------------------------------------------------------ tables
 
 def table(rows, name):
-    """The table of an experiment, a line for each of its arms."""
+    """The table of an experiment, a line for each of its arms, or one of OWN_TABLES."""
     if name in OWN_TABLES:
         return OWN_TABLES[name](rows)
     cells, columns, against = EXPERIMENTS[name], TABLES[name], AGAINST.get(name)
-    header = ["arm", "seeds", *(title for title, *_ in columns)]
+    labels = LABELS.get(name, ["arm"])
+    header = [*labels, "seeds", *(title for title, *_ in columns)]
     if against:
-        header.insert(3, f"above {against} (points)")
+        header.insert(len(labels) + 2, f"above {against} (points)")
     lines = []
-    for arm, flags in cells.items():
-        line = [arm.replace("|", "\\|"), len(values(rows, flags, "flags"))]
+    for label, flags in cells.items():
+        parts = label.split(" | ")
+        line = [*parts, len(values(rows, flags, "flags"))]
         line += [in_numbers(values(rows, flags, key).values(), factor, digits)
                  for _, key, factor, digits in columns]
         if against:
-            line.insert(3, "" if arm == against else
-                        difference(values(rows, flags), values(rows, cells[against])))
+            other = cells[" | ".join([against, *parts[1:]])]
+            line.insert(len(labels) + 2, "" if flags == other else
+                        difference(values(rows, flags), values(rows, other)))
         lines.append(line)
-    return markdown([title.replace("|", "\\|") for title in header], lines)
+    return markdown(header, lines)
 
 
 def replay_table(rows):
@@ -140,14 +148,14 @@ def live_table(rows):
 
 
 def rate_table(rows):
-    """Each arm at the learning rate, of three, with its best validation accuracy."""
+    """Each arm at the learning rate of the grid with its best validation accuracy."""
     grid = {tuple(label.split(" | ")): flags for label, flags in EXPERIMENTS["reuse"].items()}
     lines = []
     for epochs in sorted({int(epochs) for _, epochs, _ in grid}):
         best = {}
         for arm in FOUR:
-            found = {times: validation for times in ("1", "3", "10") if (validation := values(
-                rows, grid[arm, str(epochs), times], last_validation))}
+            found = {times: validation for a, e, times in grid if (a, e) == (arm, str(epochs))
+                     and (validation := values(rows, grid[a, e, times], last_validation))}
             if found:
                 best[arm] = max(found, key=lambda times: statistics.fmean(found[times].values()))
         for arm, times in best.items():
@@ -163,9 +171,6 @@ def last_validation(row):
     return row["validation"][-1][1]
 
 
-OWN_TABLES = {"replay": replay_table, "live": live_table, "reuse": rate_table}
-
-
 def cost(rows):
     """One sentence: how many runs, and how long they took one core. Rows without their time count
     as their cell's others."""
@@ -175,12 +180,14 @@ def cost(rows):
     return (f"{len(rows)} runs, {sum(seconds) / 3600:.1f} hours of one core: half of that on two.")
 
 
+OWN_TABLES = {"replay": replay_table, "live": live_table, "rates": rate_table, "cost": cost}
+
+
 def write_readme(rows, path=README):
     """Put every table in its place: between <!-- table: NAME --> and <!-- end -->."""
     path.write_text(re.sub(
         r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)",
-        lambda found: found[1] + (cost(rows) if found[2] == "cost" else table(rows, found[2]))
-        + "\n", path.read_text(), flags=re.S))
+        lambda found: found[1] + table(rows, found[2]) + "\n", path.read_text(), flags=re.S))
 
 
 # ------------------------------------------------------------------ figures
@@ -244,7 +251,8 @@ def draw_reuse(rows, plt):
                                 layout="constrained")
     for axis, times in zip(axes, rates):
         for shift, (arm, (color, line, marker)) in enumerate(zip(FOUR, STYLES)):
-            points = [(e, list(values(rows, grid[arm, str(e), times]).values())) for e in epochs]
+            points = [(e, list(values(rows, grid[arm, str(e), times]).values())) for e in epochs
+                      if (arm, str(e), times) in grid]
             points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x)) for e, x in points if len(x) > 1]
             if points:
                 x, means, intervals = zip(*points)

@@ -69,6 +69,23 @@ def test_the_commands_of_the_readme_parse():
         assert isinstance(parsed, argparse.Namespace)
 
 
+def test_the_methods_of_the_readme_are_settings_that_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    methods = [flags.strip("`") for _, flags in rows_of_table("### Which flags make")]
+    assert len(methods) > 8
+    for flags in methods:
+        settings.read_settings(["--model", "tiny", *flags.split()])
+
+
+def test_the_lines_of_code_that_the_readme_quotes_stand_there():
+    quoted = rows_of_table("The lines of code that make them")
+    assert len(quoted) == 5
+    source = (ROOT / "objectives.py").read_text(encoding="utf-8")
+    for _, line, function in quoted:
+        body = source.split(f"def {function.strip('`')}(", 1)[1].split("\ndef ", 1)[0]
+        assert line.strip("`") in body, line
+
+
 def test_the_two_promises_are_marked():
     for name in ("run", "test"):
         assert re.search(rf"<!-- fresh: {name} -->\n```\n.+\n```", README)
