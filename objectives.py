@@ -161,7 +161,7 @@ def sequence_mean(x_N, sequence_N):
 
 def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective,
                 ratio_level="token"):
-    """−Σ weight · objective(ratio, advantage), and the log-ratios: (scalar, (N,) no grad).
+    """−Σ weight · objective(ratio, advantage), and the tokens' log-ratios: (scalar, (N,) no grad).
 
     logp_N, old_logp_N: (N,) float, nats, of the sampled tokens; gradient flows through the first.
     advantage_N: (N,) float. weight_N: (N,) float, fixed for the whole optimizer step, so that
@@ -182,9 +182,8 @@ def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective
         raise ValueError(f"ratio_level is {ratio_level!r}; expected one of "
                          f"{', '.join(RATIO_LEVELS)}")
     log_ratio_N = logp_N - old_logp_N
-    if ratio_level == "sequence":
-        log_ratio_N = sequence_mean(log_ratio_N, sequence_N)
-    ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    used_N = log_ratio_N if ratio_level == "token" else sequence_mean(log_ratio_N, sequence_N)
+    ratio_N = used_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss = -(weight_N * objective(ratio_N, advantage_N)).sum()
     return loss, log_ratio_N.detach()
 

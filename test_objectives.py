@@ -223,7 +223,7 @@ def test_a_ratio_of_whole_completions_by_hand():
     loss, log_ratio = policy_loss(logp, old, advantage, weight, sequence, noclip, "sequence")
     # GSPO: −(s₁·A₁ + s₂·A₂)/2 with s = e^0.1 and e^0.3
     assert loss.item() == pytest.approx(-(2 * math.exp(0.1) - math.exp(0.3)) / 2)
-    torch.testing.assert_close(log_ratio, tensor(0.1, 0.1, 0.3))
+    torch.testing.assert_close(log_ratio, tensor(0.4, -0.2, 0.3))  # for the metrics: per token
     loss.backward()
     # ∂s₁/∂logp = s₁/2 for both of its tokens, ∂s₂/∂logp = s₂
     expected = tensor(-math.exp(0.1) / 2, -math.exp(0.1) / 2, math.exp(0.3) / 2)

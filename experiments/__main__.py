@@ -2,7 +2,8 @@
 
 What it does    trains every cell of cells.py with every seed, one process a core; each finished run
                 is a row of results.jsonl, and a row that is there is not run again. Then it prints
-                the tables, puts them into the README, and draws the figures, which takes seconds.
+                the tables, puts them into the README, and draws the figures, which takes seconds
+                (the last two not for another file of rows).
 What it leaves  the cells to cells.py, a run to run.py, tables and figures to report.py.
 Run it alone    python -m experiments --draw      tables and figures of the recorded rows only
                 python -m experiments --results mine.jsonl    all of it again, into a new file
@@ -13,13 +14,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments import report
+from experiments import replay, report, run
 from experiments.cells import EXPERIMENTS, seeds
-from experiments.run import run_cell
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
@@ -47,16 +48,25 @@ def recorded(path):
     return rows
 
 
-def run(cells, path, n_jobs):
+def run_all(cells, path, n_jobs):
     """Run these cells; each adds its row to the file when it ends."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE,
                             capture_output=True, text=True).stdout.strip()
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(n_jobs, maxtasksperchild=20) as pool, open(path, "a") as file:
-        for row in tqdm(pool.imap_unordered(run_cell, cells), total=len(cells), desc="runs",
-                        unit="run"):
-            file.write(json.dumps({**row, "commit": commit}) + "\n")
-            file.flush()
+    with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool, \
+            open(path, "a") as file:
+        running = [pool.submit(run_cell, cell) for cell in cells]
+        try:
+            for done in tqdm(as_completed(running), total=len(cells), desc="runs", unit="run"):
+                file.write(json.dumps({**done.result(), "commit": commit}) + "\n")
+                file.flush()
+        finally:  # where one could not be run: end without the others
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_cell(cell):
+    """The row of a cell, (flags, seed)."""
+    here = replay if cell[0].startswith(("--replay", "--live")) else run
+    return here.run_cell(cell)
 
 
 def main():
@@ -77,15 +87,16 @@ def main():
     names = args.names or list(EXPERIMENTS)
     cells = missing(names, recorded(args.results))
     if cells and not args.draw:
-        run(cells, args.results, args.jobs)
+        run_all(cells, args.results, args.jobs)
     rows = recorded(args.results)
     if not rows:
         sys.exit(f"error: {args.results} holds no row yet; run without --draw first")
     for name in names:
         print(f"\n{name}\n\n{report.table(rows, name)}")
     print(f"\n{report.cost(rows)}")
-    report.write_readme(rows)
-    report.draw_figures(rows)
+    if args.results == RESULTS:
+        report.write_readme(rows)
+        report.draw_figures(rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 What it does    names the experiments, and of each the arms (rows of its table) and what varies.
 What it leaves  running to run.py and replay.py, tables and figures to report.py; what the flags
-                mean to settings.py, and those of experiments only (--stale, --noise, --hopeless,
-                --replay, --live) to run.py.
+                mean to settings.py, those of experiments only to run.py and replay.py.
 Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERIMENTS.
 
 The model, problems and steps are those of `python train.py` on a laptop: 0.6M parameters, 100
@@ -13,7 +12,9 @@ BASE = ("--model tiny --device cpu --dtype fp32 --threads 1 --test-problems 0 --
         "--checkpoint-every 1000 --keep 1")
 RATE = 1e-5  # the embedded model's own learning rate
 ALPHAS = (0.05, 0.1, 0.3, 0.5, 0.9)
-NOISE = 0.085  # nats; at this sd 24 % of tokens leave |r − 1| ≤ 0.1, as bf16 does at 0.5B widths
+# nats: the sd at which 24 % of tokens leave |r − 1| ≤ 0.1, as the rounding of bf16 makes them do at
+# the widths of Qwen2.5-0.5B (with random weights)
+NOISE = 0.085
 
 ARMS = {
     "clip ε 0.1": "--objective clip --epsilon-low 0.1 --epsilon-high 0.1",
@@ -58,16 +59,17 @@ EXPERIMENTS = {
     "replay": {  # each α against α = 0 on the same rollouts, and against what the rule names
         "AdamW, its ε 1e-15, no limit": "--replay --adam-epsilon 1e-15 --max-grad-norm 1e9",
         "AdamW, its ε 1e-8, no limit": "--replay --max-grad-norm 1e9",
-        "AdamW, limit 0.05, in every step": "--replay --max-grad-norm 0.05",
-        "AdamW, limit 1, in some steps": "--replay",
+        "AdamW, limit 0.05": "--replay --max-grad-norm 0.05",
+        "AdamW, limit 1 (the default)": "--replay",
         "AdamW, KL term β 0.1, no limit": "--replay --beta 0.1 --max-grad-norm 1e9",
         "SGD, no limit": "--replay --optimizer sgd --learning-rate 0.003 --max-grad-norm 1e9"},
     "live": {"α 0.1 against 0": "--live"},
     "alpha": {"α 0": ARMS["noclip (α 0)"] + reuse(2, 1), **{
         f"α {alpha}": (ARMS["pspo α 0.1"] if alpha == 0.1 else f"--objective pspo --alpha {alpha}")
         + reuse(2, 1) for alpha in ALPHAS}},
-    "stale": {f"{arm} | {steps}": ARMS[arm] + reuse(2, 3) + f" --stale {steps}"
-              for steps in (4, 16) for arm in FOUR},
+    "stale": {f"{arm} | {steps}": ARMS[arm] + reuse(2, 3)
+              + (f" --stale {steps}" if steps else "")
+              for steps in (0, 4, 16) for arm in FOUR},
     "noise": {
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},
         **{f"{arm} | bf16": ARMS[arm] + reuse(2, 1) + " --dtype bf16" for arm in NOISY}},

@@ -9,6 +9,7 @@ What it leaves  training itself to train.py, the settings to cells.py.
 Where to fork   `equal_run` is the rule; `trained` takes any flags.
 """
 import copy
+import time
 from unittest import mock
 
 import torch
@@ -27,10 +28,11 @@ def settings_of(flags):
 
 
 def trained(flags, rollouts=None, kept=()):
-    """Train with these flags (a list): ({step: weights}, its rollouts). Weights are kept of the
-    start, 0, of the steps in `kept` and of the last. rollouts: those of another run, to be trained
-    on instead of sampling; a list of (Rollout, rows)."""
-    made, weights = [], {}
+    """Train with these flags (a list): ({step: weights}, its rollouts, the share of optimizer steps
+    whose gradient met the limit). Weights are kept of the start, 0, of the steps in `kept` and of
+    the last. rollouts: those of another run, to be trained on instead of sampling; a list of
+    (Rollout, rows)."""
+    made, weights, norms = [], {}, []
     sample_and_grade, update = train.sample_and_grade, train.update
 
     def replayed(run, s, step, chosen):
@@ -41,12 +43,15 @@ def trained(flags, rollouts=None, kept=()):
         if not weights:
             weights[0] = flat(run.model)
         seen = update(run, minibatches, s)
+        norms.extend(seen.norms)
         if len(made) in (*kept, s.stop_after or s.steps):
             weights[len(made)] = flat(run.model)
         return seen
     with aside(), mock.patch.multiple(train, sample_and_grade=replayed, update=watched):
-        train.train(*settings_of(flags))
-    return weights, made
+        s, folder = settings_of(flags)
+        train.train(s, folder)
+    limited = [norm.item() > s.max_grad_norm for norm in norms]
+    return weights, made, sum(limited) / max(len(limited), 1)
 
 
 def flat(model):
@@ -78,14 +83,15 @@ def equal_run(flags, alpha):
 
 
 def replay(flags):
-    """{"steps", "distance": {α: of α = 0}, "rule": {α: of the run that the rule names}}."""
-    flags = flags + ["--stop-after", str(STEPS)]
-    base, rollouts = trained([*flags, "--alpha", "0"])
-    row = {"steps": STEPS, "distance": {}, "rule": {}}
+    """{"distance": {α: of α = 0}, "rule": {α: of the run that the rule names}, "limited": {α: share
+    of optimizer steps at the gradient-norm limit}} after STEPS steps."""
+    flags = [*flags, "--stop-after", str(STEPS)]
+    base, rollouts, limited = trained([*flags, "--alpha", "0"])
+    row = {"distance": {}, "rule": {}, "limited": {"0": limited}}
     for alpha in ALPHAS:
-        weights, _ = trained([*flags, "--alpha", str(alpha)], rollouts)
+        weights, _, row["limited"][str(alpha)] = trained([*flags, "--alpha", str(alpha)], rollouts)
         row["distance"][str(alpha)] = distances(base, weights)[STEPS]
-        same, _ = trained(equal_run(flags, alpha), rollouts)
+        same, *_ = trained(equal_run(flags, alpha), rollouts)
         row["rule"][str(alpha)] = distances(same, weights)[STEPS]
     return row
 
@@ -93,8 +99,7 @@ def replay(flags):
 def live(flags):
     """Where a run with α 0.1 first samples another token than one with α 0, counted from 1 (None
     where it never does), and the share of completions that are the same."""
-    _, zero = trained([*flags, "--alpha", "0"])
-    _, tenth = trained([*flags, "--alpha", "0.1"])
+    (_, zero, _), (_, tenth, _) = (trained([*flags, "--alpha", alpha]) for alpha in ("0", "0.1"))
     same = [x == y for (a, _), (b, _) in zip(zero, tenth)
             for x, y in zip(a.completions, b.completions)]
     return {"first_difference": first_difference(zero, tenth), "same": sum(same) / len(same)}
@@ -108,3 +113,12 @@ def first_difference(rollouts, others):
                 if x[t:t + 1] != y[t:t + 1]:
                     return step, c, t + 1
     return None
+
+
+def run_cell(cell):
+    """As in run.py, of a cell with --replay or --live: its row."""
+    torch.set_num_threads(1)
+    began, (which, *flags) = time.process_time(), cell[0].split()
+    row = {"--replay": replay, "--live": live}[which]([*flags, "--seed", str(cell[1])])
+    return {"flags": cell[0], "seed": cell[1], **row,
+            "cpu_seconds": round(time.process_time() - began, 1)}

@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments.cells import ALPHAS, EXPERIMENTS, FOUR
+from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, seeds
 from intervals import over_seeds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -18,24 +18,23 @@ FIGURES = README.parent / "figures"
 # header, key of a row (or a function of it), factor, digits
 ACCURACY = ("accuracy (%)", "test_strict", 100, 1)
 KL = ("KL(old‖new) (10⁻³ nats)", "kl_old_new", 1e3, 2)
-SMALL_KL = ("KL(old‖new) (10⁻⁶ nats)", "kl_old_new", 1e6, 1)
 REMOVED = ("gradient a 0.2 clip removes (%)", "clip_removed", 100, 1)
 NORM = ("gradient norm", "gradient_norm", 1, 2)
-LOST = ("optimizer steps lost (%)", lambda row: row["skipped_steps"] / row["optimizer_steps"],
-        100, 0)
+LOST = ("optimizer steps lost (%)", lambda row: None if row["failed"] else
+        row["skipped_steps"] / row["optimizer_steps"], 100, 0)
 
 
 def noise_of(limit):
     """Columns of what a clip at this limit removes, and how much of it is rounding."""
-    return [(f"tokens a {limit} clip removes (%)", f"removed_{limit}", 100, 1),
-            ("of them without noise (%)", f"removed_exact_{limit}", 100, 1),
+    return [(f"tokens a {limit} clip would remove (%)", f"removed_{limit}", 100, 1),
+            ("the same without noise (%)", f"removed_exact_{limit}", 100, 1),
             ("gradient lost to noise (%)", f"lost_{limit}", 100, 1)]
 
 
 TABLES = {
-    "mild": [ACCURACY, SMALL_KL, NORM, LOST],
+    "mild": [ACCURACY, NORM, LOST],
     "stress": [ACCURACY, KL, REMOVED, NORM, LOST],
-    "alpha": [ACCURACY, SMALL_KL, NORM],
+    "alpha": [ACCURACY, NORM],
     "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
     "stale": [ACCURACY, KL, REMOVED, NORM, LOST],
     "noise": [ACCURACY, ("sd of noise (nats)", "noise_sd", 1, 4), *noise_of(0.1), *noise_of(0.2)],
@@ -53,10 +52,12 @@ LABELS = {  # what the parts of a cell's label are, where there are several
 
 # ------------------------------------------------------------------ numbers of cells
 
-def values(rows, flags, key="test_strict"):
+def values(rows, name, label, key="test_strict"):
     """{seed: value} of a cell, by key or by a function of the row; seeds without it left out."""
     get = key if callable(key) else lambda row: row.get(key)
-    found = {row["seed"]: get(row) for row in rows if row["flags"] == flags}
+    flags = EXPERIMENTS[name][label]
+    found = {row["seed"]: get(row) for row in rows
+             if row["flags"] == flags and row["seed"] in seeds(name, label)}
     return {seed: found[seed] for seed in sorted(found) if found[seed] is not None}
 
 
@@ -105,15 +106,17 @@ def table(rows, name):
     if against:
         header.insert(len(labels) + 2, f"above {against} (points)")
     lines = []
-    for label, flags in cells.items():
+    for label in cells:
         parts = label.split(" | ")
-        line = [*parts, len(values(rows, flags, "flags"))]
-        line += [in_numbers(values(rows, flags, key).values(), factor, digits)
+        failed = sum(values(rows, name, label, lambda row: bool(row.get("failed"))).values())
+        n = len(values(rows, name, label, "flags"))
+        line = [*parts, f"{n}, {failed} failed" if failed else n]
+        line += [in_numbers(values(rows, name, label, key).values(), factor, digits)
                  for _, key, factor, digits in columns]
         if against:
-            other = cells[" | ".join([against, *parts[1:]])]
-            line.insert(len(labels) + 2, "" if flags == other else
-                        difference(values(rows, flags), values(rows, other)))
+            other = " | ".join([against, *parts[1:]])
+            line.insert(len(labels) + 2, "" if label == other else
+                        difference(values(rows, name, label), values(rows, name, other)))
         lines.append(line)
     return markdown(header, lines)
 
@@ -122,26 +125,35 @@ def replay_table(rows):
     """Distance to the run with α = 0, as a share of the distance travelled, and the largest one to
     the run that the rule names."""
     header = ["settings", "seeds", *(f"α {alpha}" for alpha in ALPHAS),
-              "largest to the rule's run"]
+              "steps at the limit, α 0 … 0.9", "largest to the rule's run"]
     lines = []
-    for name, flags in EXPERIMENTS["replay"].items():
-        found = values(rows, flags, "distance")
-        rule = values(rows, flags, "rule")
-        line = [name, len(found)]
+    for label in EXPERIMENTS["replay"]:
+        found = values(rows, "replay", label, "distance").values()
+        rule = values(rows, "replay", label, "rule").values()
+        limited = values(rows, "replay", label, "limited").values()
+        line = [label, len(found)]
         for alpha in map(str, ALPHAS):
-            x = [distance[alpha] for distance in found.values()]
-            mean, interval = over_seeds(x) if len(x) > 1 else (x[0] if x else None, None)
-            line.append("–" if mean is None else f"{mean:.1e}" if interval is None else
-                        f"{mean:.1e} ± {interval[1] - mean:.0e}")
-        largest = [d for distance in rule.values() for d in distance.values()]
-        lines.append([*line, f"{max(largest):.0e}" if largest else "–"])
+            line.append(small([distance[alpha] for distance in found]))
+        ends = [statistics.fmean([share[alpha] for share in limited] or [0])
+                for alpha in ("0", str(ALPHAS[-1]))]
+        largest = max((d for distance in rule for d in distance.values()), default=0)
+        lines.append([*line, "{:.0%} … {:.0%}".format(*ends), f"{largest:.0e}"])
     return markdown(header, lines)
+
+
+def small(x):
+    """"mean [interval]" of small numbers."""
+    if len(x) < 2:
+        return "–"
+    mean, interval = over_seeds(x)
+    return f"{mean:.1e} [{', '.join(f'{end:.1e}' for end in interval or (mean, mean))}]"
 
 
 def live_table(rows):
     """Where two runs that sample for themselves part."""
-    (flags,) = EXPERIMENTS["live"].values()
-    where, same = values(rows, flags, "first_difference"), values(rows, flags, "same")
+    (label,) = EXPERIMENTS["live"]
+    where = values(rows, "live", label, "first_difference")
+    same = values(rows, "live", label, "same")
     return markdown(["seed", "first token that differs", "equal completions, of 6,400"],
                     [[seed, "step {}, completion {}, token {}".format(*where[seed])
                       if seed in where else "none", f"{same[seed]:.1%}"] for seed in same])
@@ -149,26 +161,26 @@ def live_table(rows):
 
 def rate_table(rows):
     """Each arm at the learning rate of the grid with its best validation accuracy."""
-    grid = {tuple(label.split(" | ")): flags for label, flags in EXPERIMENTS["reuse"].items()}
+    labels = [label.split(" | ") for label in EXPERIMENTS["reuse"]]
     lines = []
-    for epochs in sorted({int(epochs) for _, epochs, _ in grid}):
+    for epochs in dict.fromkeys(epochs for _, epochs, _ in labels):
         best = {}
         for arm in FOUR:
-            found = {times: validation for a, e, times in grid if (a, e) == (arm, str(epochs))
-                     and (validation := values(rows, grid[a, e, times], last_validation))}
+            found = {times: x for a, e, times in labels if (a, e) == (arm, epochs) and (
+                x := values(rows, "reuse", f"{a} | {e} | {times}", last_validation))}
             if found:
                 best[arm] = max(found, key=lambda times: statistics.fmean(found[times].values()))
-        for arm, times in best.items():
-            x = values(rows, grid[arm, str(epochs), times])
-            y = values(rows, grid[FOUR[0], str(epochs), best.get(FOUR[0], times)])
-            lines.append([arm, epochs, f"× {times}", len(x), in_numbers(x.values(), 100),
-                          "" if arm == FOUR[0] else difference(x, y)])
+        tests = {arm: values(rows, "reuse", f"{arm} | {epochs} | {times}")
+                 for arm, times in best.items()}
+        for arm, x in tests.items():
+            lines.append([arm, epochs, f"× {best[arm]}", len(x), in_numbers(x.values(), 100),
+                          "" if arm == FOUR[0] else difference(x, tests.get(FOUR[0], {}))])
     return markdown(["arm", "epochs", "rate, chosen on validation", "seeds", "accuracy (%)",
                      f"above {FOUR[0]} (points)"], lines)
 
 
 def last_validation(row):
-    return row["validation"][-1][1]
+    return None if row["failed"] else row["validation"][-1][1]
 
 
 def cost(rows):
@@ -186,8 +198,9 @@ OWN_TABLES = {"replay": replay_table, "live": live_table, "rates": rate_table, "
 def write_readme(rows, path=README):
     """Put every table in its place: between <!-- table: NAME --> and <!-- end -->."""
     path.write_text(re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)",
-        lambda found: found[1] + table(rows, found[2]) + "\n", path.read_text(), flags=re.S))
+        r"(<!-- table: (\w+) -->\n)((?!<!--).*\n)*(?=<!-- end -->)",
+        lambda found: found[1] + table(rows, found[2]) + "\n", path.read_text(encoding="utf-8")),
+        encoding="utf-8")
 
 
 # ------------------------------------------------------------------ figures
@@ -199,26 +212,21 @@ STYLES = [("#d55e00", "--", "s"), ("0.5", ":", "o"), ("#0072b2", "-", "^"), ("bl
 
 def draw_arms(rows, plt):
     """Every seed as a dot, the mean and its interval as a bar: one line an arm, two regimes."""
-    cells = EXPERIMENTS["stress"]
-    mild = {flags.split(" --epochs")[0]: flags for flags in EXPERIMENTS["mild"].values()}
-    order = sorted(cells, key=lambda arm: -statistics.fmean(
-        values(rows, cells[arm]).values() or [0]))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.36 * len(cells) + 1.4), sharey=True,
+    arms = sorted(EXPERIMENTS["stress"], key=lambda arm: -statistics.fmean(
+        values(rows, "stress", arm).values() or [0]))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True,
                                 layout="constrained")
-    for axis, title, flags_of in (
-            (axes[0], "mild: 2 epochs, learning rate × 1", mild.get),
-            (axes[1], "stress: 8 epochs, learning rate × 10", {
-                flags.split(" --epochs")[0]: flags for flags in cells.values()}.get)):
-        for y, arm in enumerate(order):
-            x = list(values(rows, flags_of(cells[arm].split(" --epochs")[0])).values())
+    for axis, name, title in ((axes[0], "mild", "mild: 2 epochs, learning rate × 1"),
+                              (axes[1], "stress", "stress: 8 epochs, learning rate × 10")):
+        for y, arm in enumerate(arms):
+            x = list(values(rows, name, arm).values()) if arm in EXPERIMENTS[name] else []
             axis.plot(x, [y] * len(x), "o", color="0.55", markersize=5, markerfacecolor="none")
             if len(x) > 1:
                 mean, interval = over_seeds(x)
                 axis.plot([mean], [y], "|", color="black", markersize=15, markeredgewidth=2.5)
-                low, high = interval or (mean, mean)
-                axis.plot([max(low, 0), min(high, 1)], [y, y], color="#0072b2", linewidth=3,
-                          zorder=0, alpha=0.7)
-        axis.set(yticks=range(len(order)), yticklabels=order, xlim=(-0.02, 1.02), title=title,
+                axis.plot(interval or (mean, mean), [y, y], color="#0072b2", linewidth=3, zorder=0,
+                          alpha=0.7)
+        axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(-0.02, 1.02), title=title,
                  xlabel="greedy strict accuracy, 200 test problems")
         axis.grid(axis="x", color="0.9")
     axes[0].invert_yaxis()
@@ -228,11 +236,11 @@ def draw_arms(rows, plt):
 def draw_replay(rows, plt):
     """Distance to α = 0 against α, a line for each set of settings."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for (name, flags), (color, line, marker) in zip(EXPERIMENTS["replay"].items(), STYLES):
-        found = values(rows, flags, "distance").values()
+    for label, (color, line, marker) in zip(EXPERIMENTS["replay"], STYLES):
+        found = values(rows, "replay", label, "distance").values()
         if found:
             means = [statistics.fmean(d[str(alpha)] for d in found) for alpha in ALPHAS]
-            axis.plot(ALPHAS, means, color=color, linestyle=line, marker=marker, label=name)
+            axis.plot(ALPHAS, means, color=color, linestyle=line, marker=marker, label=label)
     axis.axhline(1e-3, color="0.85", zorder=0)
     axis.set(yscale="log", xlabel="α", ylabel="distance to the run with α = 0\n"
              "(share of the distance travelled)", xticks=ALPHAS,
@@ -244,22 +252,23 @@ def draw_replay(rows, plt):
 
 def draw_reuse(rows, plt):
     """Accuracy against epochs, a panel for each learning rate, a line for each arm."""
-    grid = {tuple(label.split(" | ")): flags for label, flags in EXPERIMENTS["reuse"].items()}
-    rates = ("1", "3", "10")
-    epochs = sorted({int(epochs) for _, epochs, _ in grid})
+    labels = [label.split(" | ") for label in EXPERIMENTS["reuse"]]
+    rates = list(dict.fromkeys(times for *_, times in labels))
+    every = sorted({int(epochs) for _, epochs, _ in labels})
     figure, axes = plt.subplots(1, len(rates), figsize=(10, 3.6), sharey=True,
                                 layout="constrained")
     for axis, times in zip(axes, rates):
         for shift, (arm, (color, line, marker)) in enumerate(zip(FOUR, STYLES)):
-            points = [(e, list(values(rows, grid[arm, str(e), times]).values())) for e in epochs
-                      if (arm, str(e), times) in grid]
-            points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x)) for e, x in points if len(x) > 1]
+            found = {int(e): list(values(rows, "reuse", f"{a} | {e} | {t}").values())
+                     for a, e, t in labels if (a, t) == (arm, times)}
+            points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x))
+                      for e, x in found.items() if len(x) > 1]
             if points:
                 x, means, intervals = zip(*points)
                 halves = [0 if i is None else m - i[0] for m, i in zip(means, intervals)]
                 axis.errorbar(x, means, halves, color=color, linestyle=line, marker=marker,
                               capsize=3, label=arm)
-        axis.set(xscale="log", xticks=epochs, xticklabels=map(str, epochs), ylim=(0, 1.02),
+        axis.set(xscale="log", xticks=every, xticklabels=map(str, every), ylim=(0, 1.02),
                  title=f"learning rate × {times}", xlabel="epochs per rollout")
         axis.minorticks_off()
         axis.grid(axis="y", color="0.9")
@@ -273,7 +282,7 @@ def draw_figures(rows, folder=FIGURES):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for name, draw in (("arms", draw_arms), ("alpha", draw_replay), ("reuse", draw_reuse)):
+    for name, draw in (("arms", draw_arms), ("replay", draw_replay), ("reuse", draw_reuse)):
         figure = draw(rows, plt)
         figure.savefig(folder / f"{name}.png", dpi=130)
         plt.close(figure)

@@ -1,10 +1,11 @@
 """One run of one cell: train it in a folder that goes away, test its last weights, keep a row.
 
 What it does    calls train.train with the cell's flags and evaluate.answer on the test problems.
-                Flags of its own: --stale, --noise, --hopeless put something in train.py's place.
+                Flags of its own: --stale and --noise put something in train.py's place,
+                --hopeless makes problems that cannot be solved.
 What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py;
-                --replay and --live to replay.py.
-Where to fork   what a row holds; `row_of` is the whole of it.
+                cells with --replay or --live to replay.py.
+Where to fork   what a row holds: `run_cell`.
 """
 import argparse
 import contextlib
@@ -43,8 +44,6 @@ def special_flags():
     add("--stale", type=int, default=0, help="train on rollouts of the model so many steps ago")
     add("--noise", type=float, default=0.0, help="sd of what is added to log-probs, nats")
     add("--hopeless", action="store_true", help="train on problems whose gold no one gives")
-    add("--replay", action="store_true", help="other α's on the same rollouts (replay.py)")
-    add("--live", action="store_true", help="two runs that sample for themselves (replay.py)")
     return parser
 
 
@@ -70,7 +69,8 @@ def stale(steps):
     fresh, waiting = train.sample_and_grade, []
 
     def sample_and_grade(run, s, step, chosen):
-        for ahead in range(step if step == 1 else step + steps, step + steps + 1):
+        first = 1 if step == 1 else step + steps  # step 1 also samples those of the next steps
+        for ahead in range(first, step + steps + 1):
             chosen = train.prompt_order(len(run.problems), s.prompts_per_step, ahead, s.seed)
             waiting.append(fresh(run, s, ahead, chosen))
         return waiting.pop(0)
@@ -97,8 +97,9 @@ def noisy(sd, generator):
 
 
 def watched(update, sd, generator, found):
-    """`update`, which every so many steps also computes the new ratios exactly, in fp32 and without
-    noise, and appends to `found` what clips at 0.1 and 0.2 take of both."""
+    """`update`, which every so many steps, after its last optimizer step, also computes the new
+    ratios exactly, in fp32 and without noise; appends to `found` what clips at 0.1 and 0.2 would
+    take of both."""
     def log_probs(run, s, micros, dtype):
         with mock.patch.object(run.model, "compute_dtype", dtype):
             return torch.cat([run.model.completion_log_probs(micro.batch, s.temperature)[0]
@@ -122,8 +123,8 @@ def watched(update, sd, generator, found):
 
 def noise_metrics(exact_M, rounded_M, advantage_M, weight_M):
     """Of log-ratios with and without rounding: its sd; for clips at 0.1 and 0.2 the share of tokens
-    they remove, the share they would remove without rounding, and the share of the gradient's
-    weight Σ w·|A|·r that only rounding makes them remove."""
+    they would remove, the same without rounding, and the share of the gradient's weight Σ w·|A|·r
+    that only rounding makes them remove."""
     metrics = {"noise_sd": (rounded_M - exact_M).std().item(),
                "moved_sd": exact_M.std().item()}
     gradient_M = weight_M * advantage_M.abs() * exact_M.exp()
@@ -150,52 +151,45 @@ def write_hopeless():
 # ------------------------------------------------------------------ a run and its row
 
 def run_cell(cell):
-    """Train one cell with one seed: its row. cell: (flags, seed)."""
+    """Train one cell with one seed and test its last weights: its row. cell: (flags, seed)."""
     torch.set_num_threads(1)
-    began = time.process_time()
+    began, failed, rounding = time.process_time(), None, []
     special, flags = special_flags().parse_known_args(cell[0].split())
-    flags += ["--seed", str(cell[1])]
-    if special.replay or special.live:
-        from experiments.replay import live, replay
-        row = (live if special.live else replay)(flags)
-    else:
-        row = row_of(special, flags)
-    return {"flags": cell[0], "seed": cell[1], **row,
-            "cpu_seconds": round(time.process_time() - began, 1)}
-
-
-def row_of(special, flags):
-    """What is kept of a run: accuracy on the test problems, means over its last steps."""
-    failed, rounding = None, []
     with aside(), contextlib.ExitStack() as changes:
         if special.hopeless:
-            flags = flags + write_hopeless()
-        s, run = read_settings([*BASE.split(), *flags, "--name", "run"])
+            flags += write_hopeless()
+        s, folder = read_settings([*BASE.split(), *flags, "--seed", str(cell[1]), "--name", "run"])
         changed, generator = {}, torch.Generator().manual_seed(s.seed)
         if special.stale:
-            changed = {"sample_and_grade": stale(special.stale),
-                       "old_log_probs": old_log_probs_as_sampled}
+            changed["sample_and_grade"] = stale(special.stale)
+            changed["old_log_probs"] = old_log_probs_as_sampled
+        if special.noise:
+            changed["policy_loss"] = noisy(special.noise, generator)
         if special.noise or s.dtype == "bf16":
-            changed = {"policy_loss": noisy(special.noise, generator),
-                       "update": watched(train.update, special.noise, generator, rounding)}
+            changed["update"] = watched(train.update, special.noise, generator, rounding)
         for name, function in changed.items():
             changes.enter_context(mock.patch.object(train, name, function))
         try:
-            train.train(s, run)
-        except SystemExit as e:  # a gradient that is not finite
+            train.train(s, folder)
+        except SystemExit as e:
+            if "gradient norm" not in str(e):
+                raise
             failed = str(e)
-        metrics, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
-        answers = answer(Qwen2.from_pretrained(checkpoints(run)[-1]),
-                         load_problems("tiny", "test"), progress=None)
+        metrics = read_rows(folder / "metrics.jsonl")
+        samples = read_rows(folder / "samples.jsonl")
+        answers = [] if failed else answer(Qwen2.from_pretrained(checkpoints(folder)[-1]),
+                                           load_problems("tiny", "test"), progress=None)
     steps = [row for row in metrics if row["step"] > 0]
-    row = {"test_" + key: summarise(answers, 1)[key] for key in ("strict", "flexible")}
-    row["validation"] = [[row["step"], row["validation_accuracy"]] for row in metrics
-                         if "validation_accuracy" in row]
-    row |= {key: metrics[-1].get(key) for key in ("optimizer_steps", "skipped_steps")}
-    row |= means(steps[-LAST:], MEANS) | means(rounding, rounding[0] if rounding else [])
-    if special.hopeless:
-        row |= means(steps, ["equal_groups"]) | what_was_learned(samples, answers)
-    return {**row, "failed": failed}
+    row = {"flags": cell[0], "seed": cell[1]}
+    if not failed:
+        row |= {"test_" + key: summarise(answers, 1)[key] for key in ("strict", "flexible")}
+        row |= {key: metrics[-1].get(key) for key in ("optimizer_steps", "skipped_steps")}
+        row |= means(steps[-LAST:], MEANS) | means(rounding, rounding[0] if rounding else [])
+    row["validation"] = [[seen["step"], seen["validation_accuracy"]] for seen in metrics
+                         if "validation_accuracy" in seen]
+    if special.hopeless and not failed:
+        row |= what_was_learned(steps, samples, answers)
+    return {**row, "failed": failed, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
 def means(rows, keys):
@@ -204,13 +198,15 @@ def means(rows, keys):
             for key in keys if any(key in row for row in rows)}
 
 
-def what_was_learned(samples, answers):
-    """Of a hopeless run: the mean of the largest |advantage| of the groups trained on (those in
-    samples.jsonl), and what became of test problems whose gold has one digit."""
+def what_was_learned(steps, samples, answers):
+    """Of a hopeless run: the share of groups with equal rewards; of the others that samples.jsonl
+    holds the mean of the largest |advantage| (None without one); accuracy on the test problems
+    whose gold has one digit."""
     groups = {}
     for sample in samples:
         groups.setdefault(sample["step"], []).append(abs(sample["advantage"]))
     largest = [max(group) for group in groups.values() if any(group)]
-    short = [row for row in answers if len(row["gold"]) == 1]
-    return {"largest_advantage": statistics.fmean(largest) if largest else 0.0,
-            "short_strict": statistics.fmean(row["strict"] for row in short)}
+    return {"equal_groups": statistics.fmean(row["equal_groups"] for row in steps),
+            "largest_advantage": statistics.fmean(largest) if largest else None,
+            "short_strict": statistics.fmean(row["strict"] for row in answers
+                                             if len(row["gold"]) == 1)}
