@@ -48,25 +48,25 @@ def recorded(path):
     return rows
 
 
+def runner(cell):
+    """What makes the row of a cell: a function of another module than this one, which the processes
+    do not have."""
+    return replay.run_cell if cell[0].startswith(("--replay", "--live")) else run.run_cell
+
+
 def run_all(cells, path, n_jobs):
     """Run these cells; each adds its row to the file when it ends."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE,
                             capture_output=True, text=True).stdout.strip()
     with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool, \
             open(path, "a") as file:
-        running = [pool.submit(run_cell, cell) for cell in cells]
+        running = [pool.submit(runner(cell), cell) for cell in cells]
         try:
             for done in tqdm(as_completed(running), total=len(cells), desc="runs", unit="run"):
                 file.write(json.dumps({**done.result(), "commit": commit}) + "\n")
                 file.flush()
         finally:  # where one could not be run: end without the others
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def run_cell(cell):
-    """The row of a cell, (flags, seed)."""
-    here = replay if cell[0].startswith(("--replay", "--live")) else run
-    return here.run_cell(cell)
 
 
 def main():

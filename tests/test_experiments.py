@@ -255,6 +255,11 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
         entry.recorded(path)
 
 
+def test_rows_are_made_by_functions_that_other_processes_find():
+    assert entry.runner(("--live", 0)).__module__ == "experiments.replay"
+    assert entry.runner((SMALL, 0)).__module__ == "experiments.run"
+
+
 def test_the_entry_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):
     for argv, words in ((["strss"], "no experiment strss; there are mild, stress"),
                         (["--jobs", "0"], "--jobs is 0")):
