@@ -69,10 +69,11 @@ EXPERIMENTS = {
         + reuse(2, 1) for alpha in ALPHAS}},
     "stale": {f"{arm} | {steps}": ARMS[arm] + reuse(2, 3)
               + (f" --stale {steps}" if steps else "")
-              for steps in (0, 4, 16) for arm in FOUR},
+              for steps in (0, 8) for arm in FOUR},
     "noise": {
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},
-        **{f"{arm} | bf16": ARMS[arm] + reuse(2, 1) + " --dtype bf16" for arm in NOISY}},
+        **{f"{arm} | bf16": ARMS[arm] + reuse(2, 1) + " --dtype bf16"
+           for arm in ("clip ε 0.1", "noclip (α 0)")}},
     "hopeless": {
         "base model": "--hopeless --learning-rate 0 --steps 1",
         "paper's reward": "--hopeless --reward paper",

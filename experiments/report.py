@@ -44,7 +44,7 @@ TABLES = {
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
 AGAINST = {  # the arm that the others are compared with (all else of their cells being equal)
     "mild": "clip ε 0.2", "stress": "clip ε 0.2", "reuse": "clip ε 0.2", "stale": "clip ε 0.2",
-    "noise": "clip ε 0.2", "alpha": "α 0"}
+    "noise": "noclip (α 0)", "alpha": "α 0"}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago"],
     "noise": ["arm", "log-probs"]}
