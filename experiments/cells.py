@@ -71,6 +71,7 @@ EXPERIMENTS = {
               + (f" --stale {steps}" if steps else "")
               for steps in (0, 8) for arm in FOUR},
     "noise": {
+        **{f"{arm} | fp32": ARMS[arm] + reuse(2, 1) for arm in NOISY},
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},
         **{f"{arm} | bf16": ARMS[arm] + reuse(2, 1) + " --dtype bf16"
            for arm in ("clip ε 0.1", "noclip (α 0)")}},
