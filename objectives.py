@@ -115,18 +115,8 @@ def scopic(ratio, advantage, tau=4.0):
     return sapo(ratio, advantage, tau, tau)
 
 
-def log_pspo(ratio, advantage, alpha=0.1):
-    """The logarithm of the smoothed ratio, A·log((1 − α)·r + α). Ours, not of any paper.
-
-    Its gradient is A·w·∇log π with w = (1 − α)·r / ((1 − α)·r + α), below 1 for every r: unlike
-    that of `pspo` it is bounded, and unlike that of `clip` it is nowhere 0. α in [0, 1]; at 0 it is
-    REINFORCE without a ratio.
-    """
-    return (pspo(ratio, torch.ones_like(ratio), alpha)).log() * advantage
-
-
 OBJECTIVES = {"pspo": pspo, "clip": clip, "noclip": noclip, "cispo": cispo, "sapo": sapo,
-              "scopic": scopic, "log_pspo": log_pspo}
+              "scopic": scopic}
 
 
 # ------------------------------------------------------------------ from tokens to one loss
@@ -234,7 +224,7 @@ def main():
     from functools import partial
     arms = {"noclip": noclip, "clip ε=0.2": clip,
             "clip .2, .28 (DAPO)": partial(clip, epsilon_high=0.28), "pspo α=0.1": pspo,
-            "pspo α=0.5": partial(pspo, alpha=0.5), "log_pspo α=0.1": log_pspo,
+            "pspo α=0.5": partial(pspo, alpha=0.5),
             "cispo r≤2": partial(cispo, ratio_max=2.0), "sapo τ=1": sapo, "scopic τ=4": scopic}
     ratios = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0]
     for sign in (1.0, -1.0):
@@ -250,7 +240,7 @@ def main():
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     grid = [i / 200 for i in range(2, 480)]
     styles = [("0.6", ":"), ("#d55e00", "--"), ("0.3", (0, (3, 2))), ("#0072b2", "-"),
-              ("#56b4e9", "-."), ("black", "-"), ("#009e73", (0, (5, 1, 1, 1, 1, 1))),
+              ("#56b4e9", "-."), ("#009e73", (0, (5, 1, 1, 1, 1, 1))),
               ("#cc79a7", (0, (1, 1))), ("#e69f00", (0, (8, 2)))]
     for axis, sign in zip(axes, (1.0, -1.0)):
         for (name, objective), (color, line) in zip(arms.items(), styles):
@@ -260,7 +250,7 @@ def main():
         axis.axvline(1, color="0.85", zorder=0)
     axes[0].set_ylabel("weight on A·∇log π")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
-                  ncols=5)
+                  ncols=4)
     figure.savefig(FIGURE, dpi=130)
     print(f"\nwrote {FIGURE}")
 

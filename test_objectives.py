@@ -19,7 +19,6 @@ from objectives import (
     clip,
     group_advantages,
     kl_k3,
-    log_pspo,
     noclip,
     policy_loss,
     pspo,
@@ -197,23 +196,6 @@ def test_soft_gates_by_hand():
         sapo(ratio, advantage, 1.0, 0)
 
 
-def test_log_pspo_is_bounded_where_pspo_is_not_and_nowhere_zero():
-    ratio = tensor(1e-3, 0.1, 1.0, 10.0, 1e6)
-    for alpha in (0.1, 0.5):
-        objective = partial(log_pspo, alpha=alpha)
-        for sign in (1.0, -1.0):
-            advantage = torch.full_like(ratio, sign)
-            weight = gradient(objective, ratio, advantage) * ratio / sign
-            torch.testing.assert_close(weight, (1 - alpha) * ratio / ((1 - alpha) * ratio + alpha))
-            by_differences = weight_on_log_prob(objective, ratio, advantage) / sign
-            torch.testing.assert_close(weight, by_differences, rtol=1e-6, atol=1e-9)
-            assert (0 < weight).all() and (weight < 1).all()
-        # at r = 1, where all objectives meet, it is PSPO's 1 − α
-        assert weight[2].item() == pytest.approx(1 - alpha)
-    # α = 0.1, r = 10: log 9.1
-    assert log_pspo(tensor(10.0), tensor(1.0)).item() == pytest.approx(math.log(9.1))
-
-
 def test_a_ratio_of_whole_completions_by_hand():
     # Two completions of 2 and 1 tokens; log-ratios (0.4, −0.2), mean 0.1, and 0.3.
     logp = tensor(-0.6, -1.2, -0.7).requires_grad_()
@@ -240,9 +222,8 @@ def test_a_ratio_of_whole_completions_by_hand():
 def test_wrong_settings_of_an_objective_are_refused():
     one = tensor(1.0)
     for alpha in (-0.1, 1.1, math.nan):
-        for objective in (pspo, log_pspo):
-            with pytest.raises(ValueError, match=r"\[0, 1\]"):
-                objective(one, one, alpha)
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            pspo(one, one, alpha)
     for ends in ((-0.1, 0.2), (1.5, 0.2), (0.2, -0.1)):
         with pytest.raises(ValueError, match="epsilon"):
             clip(one, one, *ends)

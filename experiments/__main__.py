@@ -31,7 +31,7 @@ def missing(names, rows):
     done = {(row["flags"], row["seed"]) for row in rows}
     cells = dict.fromkeys((flags, seed) for name in names
                           for label, flags in EXPERIMENTS[name].items()
-                          for seed in seeds(name, label))
+                          for seed in seeds(name))
     return sorted((cell for cell in cells if cell not in done), key=lambda cell: cell[1])
 
 
@@ -56,8 +56,11 @@ def runner(cell):
 
 def run_all(cells, path, n_jobs):
     """Run these cells; each adds its row to the file when it ends."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE,
-                            capture_output=True, text=True).stdout.strip()
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True,
+                              text=True).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD") + "-changed" * bool(
+        git("status", "--porcelain", "-uno", "--", ".", ":!experiments/results.jsonl"))
     with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool, \
             open(path, "a") as file:
         running = [pool.submit(runner(cell), cell) for cell in cells]

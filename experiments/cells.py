@@ -3,11 +3,16 @@
 What it does    names the experiments, and of each the arms (rows of its table) and what varies.
 What it leaves  running to run.py and replay.py, tables and figures to report.py; what the flags
                 mean to settings.py, those of experiments only to run.py and replay.py.
-Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERIMENTS.
+Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERIMENTS; a new
+                objective a function, as log_pspo is.
 
 The model, problems and steps are those of `python train.py` on a laptop: 0.6M parameters, 100
 rollouts of 8 prompts × 8 completions, AdamW, learning rate 1e-5 at first and 0 at the end.
 """
+import torch
+
+from objectives import OBJECTIVES, pspo
+
 BASE = ("--model tiny --device cpu --dtype fp32 --threads 1 --test-problems 0 --validate-every 20 "
         "--checkpoint-every 1000 --keep 1")
 RATE = 1e-5  # the embedded model's own learning rate
@@ -15,6 +20,18 @@ ALPHAS = (0.05, 0.1, 0.3, 0.5, 0.9)
 # nats: the sd at which 24 % of tokens leave |r − 1| ≤ 0.1, as the rounding of bf16 makes them do at
 # the widths of Qwen2.5-0.5B (with random weights)
 NOISE = 0.085
+
+
+def log_pspo(ratio, advantage, alpha=0.1):
+    """A variant of our own, tried here and not kept: A·log((1 − α)·r + α).
+
+    Its weight on A·∇log π is (1 − α)·r / ((1 − α)·r + α): below 1, unlike that of `pspo`, and
+    nowhere 0, unlike that of `clip`. α in [0, 1]; at 0 it is REINFORCE without a ratio.
+    """
+    return pspo(ratio, torch.ones_like(ratio), alpha).log() * advantage
+
+
+OBJECTIVES["log_pspo"] = log_pspo
 
 ARMS = {
     "clip ε 0.1": "--objective clip --epsilon-low 0.1 --epsilon-high 0.1",
@@ -38,9 +55,9 @@ NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
 GRID = ((2, 1), (2, 3), (2, 10), (8, 1), (8, 3), (8, 10), (16, 1), (16, 10))  # epochs, rate ×
 
 
-def seeds(name, label):
-    """Of a cell: five; three in the grid; ten where some runs collapse and others do not."""
-    return range(10 if name == "stress" and label in FOUR else 3 if name == "reuse" else 5)
+def seeds(name):
+    """Of an experiment: five; three in the grid; ten where some runs collapse and others do not."""
+    return range({"stress": 10, "reuse": 3}.get(name, 5))
 
 
 def reuse(epochs, times):

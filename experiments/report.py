@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, seeds
+from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, RATE, seeds
 from intervals import over_seeds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -38,7 +38,8 @@ TABLES = {
     "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
     "stale": [ACCURACY, KL, REMOVED, NORM, LOST],
     "noise": [ACCURACY, ("sd of noise (nats)", "noise_sd", 1, 4), *noise_of(0.1), *noise_of(0.2)],
-    "hopeless": [("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
+    "hopeless": [("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
+                  1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
                  ("accuracy, all problems (%)", "test_strict", 100, 1),
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
@@ -57,7 +58,7 @@ def values(rows, name, label, key="test_strict"):
     get = key if callable(key) else lambda row: row.get(key)
     flags = EXPERIMENTS[name][label]
     found = {row["seed"]: get(row) for row in rows
-             if row["flags"] == flags and row["seed"] in seeds(name, label)}
+             if row["flags"] == flags and row["seed"] in seeds(name)}
     return {seed: found[seed] for seed in sorted(found) if found[seed] is not None}
 
 
@@ -192,7 +193,23 @@ def cost(rows):
     return (f"{len(rows)} runs, {sum(seconds) / 3600:.1f} hours of one core: half of that on two.")
 
 
-OWN_TABLES = {"replay": replay_table, "live": live_table, "rates": rate_table, "cost": cost}
+def null_table(rows):
+    """PSPO with α 0.1 against its null, the same without smoothing, wherever both were run."""
+    lines = []
+    for name, label in (("mild", ""), ("stale", " | 0"), ("stale", " | 8"), ("noise", " | noise"),
+                        *(("reuse", " | 16 | " + times) for times in ("1", "10")), ("stress", "")):
+        flags = EXPERIMENTS[name][f"pspo α 0.1{label}"]
+        s = dict(zip(*[iter(flags.split())] * 2))
+        x, y = (values(rows, name, arm + label) for arm in ("pspo α 0.1", "noclip (α 0)"))
+        lines.append([s["--epochs"], f"× {float(s['--learning-rate']) / RATE:g}",
+                      s.get("--stale", "0"), s.get("--noise", "0"), len(x.keys() & y.keys()),
+                      difference(x, y)])
+    return markdown(["epochs", "rate", "steps ago", "noise (nats)", "seeds",
+                     "accuracy of pspo α 0.1 above noclip (points)"], lines)
+
+
+OWN_TABLES = {"null": null_table, "replay": replay_table, "live": live_table,
+              "rates": rate_table, "cost": cost}
 
 
 def write_readme(rows, path=README):

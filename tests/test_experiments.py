@@ -3,6 +3,7 @@ import json
 import math
 import os
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,22 @@ def test_every_arm_of_an_experiment_makes_as_many_optimizer_steps():
 def test_noise_of_that_size_moves_as_many_ratios_as_bf16_did_at_the_width_of_qwen():
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)) * cells.NOISE
     assert ((x.exp() - 1).abs() > 0.1).double().mean().item() == pytest.approx(0.24, abs=0.005)
+
+
+def test_log_pspo_is_bounded_where_pspo_is_not_and_nowhere_zero():
+    log_ratio = torch.tensor([1e-3, 0.1, 1.0, 10.0, 1e6], dtype=torch.float64).log()
+    for alpha in (0.1, 0.5):
+        for sign in (1.0, -1.0):
+            weight = objectives.gradient_weight(partial(cells.log_pspo, alpha=alpha),
+                                                log_ratio.exp().tolist(), sign)
+            ratio = log_ratio.exp()
+            torch.testing.assert_close(weight, (1 - alpha) * ratio / ((1 - alpha) * ratio + alpha))
+            assert (0 < weight).all() and (weight < 1).all()
+        # at r = 1, where all objectives meet, it is PSPO's 1 − α
+        assert weight[2].item() == pytest.approx(1 - alpha)
+    # α = 0.1, r = 10: log 9.1
+    ten, one = torch.tensor(10.0), torch.tensor(1.0)
+    assert cells.log_pspo(ten, one).item() == pytest.approx(math.log(9.1))
 
 
 # ------------------------------------------------------------------ runs
@@ -242,7 +259,7 @@ def test_live_runs_that_never_part_have_no_first_difference():
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.jsonl"
     monkeypatch.setattr(entry, "EXPERIMENTS", {"one": {"arm": SMALL}})
-    monkeypatch.setattr(entry, "seeds", lambda name, label: range(2))
+    monkeypatch.setattr(entry, "seeds", lambda name: range(2))
     path.write_text(json.dumps({"flags": SMALL, "seed": 0}) + "\n")
     cells = entry.missing(["one"], entry.recorded(path))
     assert cells == [(SMALL, 1)]
