@@ -239,7 +239,7 @@ def main():
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     grid = [i / 200 for i in range(2, 480)]
-    styles = [("0.6", ":"), ("#d55e00", "--"), ("0.3", (0, (3, 2))), ("#0072b2", "-"),
+    styles = [("black", ":"), ("#d55e00", "--"), ("0.3", (0, (1, 3))), ("#0072b2", "-"),
               ("#56b4e9", "-."), ("#009e73", (0, (5, 1, 1, 1, 1, 1))),
               ("#cc79a7", (0, (1, 1))), ("#e69f00", (0, (8, 2)))]
     for axis, sign in zip(axes, (1.0, -1.0)):

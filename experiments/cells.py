@@ -74,8 +74,8 @@ EXPERIMENTS = {
         "clip ε 0": "--objective clip --epsilon-low 0 --epsilon-high 0" + reuse(2, 1)},
     "stress": {arm: flags + reuse(8, 10) for arm, flags in ARMS.items()},
     "replay": {  # each α against α = 0 on the same rollouts, and against what the rule names
-        "AdamW, its ε 1e-15, no limit": "--replay --adam-epsilon 1e-15 --max-grad-norm 1e9",
-        "AdamW, its ε 1e-8, no limit": "--replay --max-grad-norm 1e9",
+        "AdamW, δ 1e-15, no limit": "--replay --adam-epsilon 1e-15 --max-grad-norm 1e9",
+        "AdamW, δ 1e-8, no limit": "--replay --max-grad-norm 1e9",
         "AdamW, limit 0.05": "--replay --max-grad-norm 0.05",
         "AdamW, limit 1 (the default)": "--replay",
         "AdamW, KL term β 0.1, no limit": "--replay --beta 0.1 --max-grad-norm 1e9",

@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, RATE, seeds
+from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, GRID, RATE, seeds
 from intervals import over_seeds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -38,14 +38,14 @@ TABLES = {
     "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
     "stale": [ACCURACY, KL, REMOVED, NORM, LOST],
     "noise": [ACCURACY, ("sd of noise (nats)", "noise_sd", 1, 4), *noise_of(0.1), *noise_of(0.2)],
-    "hopeless": [("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
+    "hopeless": [ACCURACY,
+                 ("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
                   1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
-                 ("accuracy, all problems (%)", "test_strict", 100, 1),
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
 AGAINST = {  # the arm that the others are compared with (all else of their cells being equal)
     "mild": "clip ε 0.2", "stress": "clip ε 0.2", "reuse": "clip ε 0.2", "stale": "clip ε 0.2",
-    "noise": "noclip (α 0)", "alpha": "α 0"}
+    "noise": "noclip (α 0)", "alpha": "α 0", "hopeless": "base model"}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago"],
     "noise": ["arm", "log-probs"]}
@@ -124,9 +124,9 @@ def table(rows, name):
 
 def replay_table(rows):
     """Distance to the run with α = 0, as a share of the distance travelled, and the largest one to
-    the run that the rule names."""
+    the run that the rule names, over all α and for α = 0.5."""
     header = ["settings", "seeds", *(f"α {alpha}" for alpha in ALPHAS),
-              "steps at the limit, α 0 … 0.9", "largest to the rule's run"]
+              "steps at the limit, α 0 … 0.9", "to the rule's run: largest", "at α 0.5"]
     lines = []
     for label in EXPERIMENTS["replay"]:
         found = values(rows, "replay", label, "distance").values()
@@ -138,7 +138,8 @@ def replay_table(rows):
         ends = [statistics.fmean([share[alpha] for share in limited] or [0])
                 for alpha in ("0", str(ALPHAS[-1]))]
         largest = max((d for distance in rule for d in distance.values()), default=0)
-        lines.append([*line, "{:.0%} … {:.0%}".format(*ends), f"{largest:.0e}"])
+        half = max((distance["0.5"] for distance in rule), default=0)
+        lines.append([*line, "{:.0%} … {:.0%}".format(*ends), f"{largest:.1e}", f"{half:.1e}"])
     return markdown(header, lines)
 
 
@@ -193,23 +194,35 @@ def cost(rows):
     return (f"{len(rows)} runs, {sum(seconds) / 3600:.1f} hours of one core: half of that on two.")
 
 
-def null_table(rows):
-    """PSPO with α 0.1 against its null, the same without smoothing, wherever both were run."""
+# pairs of arms that are compared with each other: experiment, first, second
+NULL = [(name, "pspo α 0.1" + rest, "noclip (α 0)" + rest) for name, rest in (
+    ("mild", ""), ("stale", " | 0"), ("stale", " | 8"), ("noise", " | noise"), ("stress", ""),
+    *(("reuse", f" | {epochs} | {times}") for epochs, times in GRID
+      if (epochs, times) not in ((2, 1), (2, 3), (8, 10))))]
+OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"),
+          ("stress", "pspo α 0.5", "sapo"), ("stress", "pspo α 0.5", "scopic τ 4"),
+          ("stress", "log_pspo α 0.5", "cispo r ≤ 2"), ("stress", "log_pspo α 0.5", "scopic τ 4")]
+
+
+def pair_table(rows, pairs):
+    """Two arms against each other, in regimes that are told by their flags."""
     lines = []
-    for name, label in (("mild", ""), ("stale", " | 0"), ("stale", " | 8"), ("noise", " | noise"),
-                        *(("reuse", " | 16 | " + times) for times in ("1", "10")), ("stress", "")):
-        flags = EXPERIMENTS[name][f"pspo α 0.1{label}"]
-        s = dict(zip(*[iter(flags.split())] * 2))
-        x, y = (values(rows, name, arm + label) for arm in ("pspo α 0.1", "noclip (α 0)"))
-        lines.append([s["--epochs"], f"× {float(s['--learning-rate']) / RATE:g}",
-                      s.get("--stale", "0"), s.get("--noise", "0"), len(x.keys() & y.keys()),
-                      difference(x, y)])
-    return markdown(["epochs", "rate", "steps ago", "noise (nats)", "seeds",
-                     "accuracy of pspo α 0.1 above noclip (points)"], lines)
+    for name, first, second in pairs:
+        flags = EXPERIMENTS[name][first].split()
+        given = {key: value for key, value in zip(flags, flags[1:]) if key.startswith("--")}
+        regime = f"{given['--epochs']} epochs, × {float(given['--learning-rate']) / RATE:g}"
+        regime += f", {given['--stale']} steps ago" if "--stale" in given else ""
+        regime += ", noise" if "--noise" in given else ""
+        x, y = values(rows, name, first), values(rows, name, second)
+        lines.append([regime, first.split(" | ")[0], second.split(" | ")[0],
+                      len(x.keys() & y.keys()), difference(x, y)])
+    return markdown(["regime", "first", "second", "seeds", "accuracy of the first above the second "
+                     "(points)"], lines)
 
 
-OWN_TABLES = {"null": null_table, "replay": replay_table, "live": live_table,
-              "rates": rate_table, "cost": cost}
+OWN_TABLES = {"null": lambda rows: pair_table(rows, NULL),
+              "pairs": lambda rows: pair_table(rows, OTHERS),
+              "replay": replay_table, "live": live_table, "rates": rate_table, "cost": cost}
 
 
 def write_readme(rows, path=README):
@@ -276,7 +289,8 @@ def draw_reuse(rows, plt):
                                 layout="constrained")
     for axis, times in zip(axes, rates):
         for shift, (arm, (color, line, marker)) in enumerate(zip(FOUR, STYLES)):
-            found = {int(e): list(values(rows, "reuse", f"{a} | {e} | {t}").values())
+            found = {int(e): [row["test_strict"] for row in rows  # every seed there is
+                              if row["flags"] == EXPERIMENTS["reuse"][f"{a} | {e} | {t}"]]
                      for a, e, t in labels if (a, t) == (arm, times)}
             points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x))
                       for e, x in found.items() if len(x) > 1]

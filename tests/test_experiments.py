@@ -335,7 +335,7 @@ def test_tables_of_replays_give_the_largest_distance_to_the_rules_run():
     line = report.replay_table(rows).splitlines()[2]
     # α 0.1: 0.1 and 0.2, so 0.15 ± 12.7062·0.0707/√2 = −0.485 … 0.785
     assert line.startswith(f"| {label} | 2 |") and "| 1.5e-01 [-4.9e-01, 7.9e-01] |" in line
-    assert line.endswith("| 50% … 0% | 2e-06 |")
+    assert line.endswith("| 50% … 0% | 2.0e-06 | 2.0e-06 |")
     (flags,) = cells.EXPERIMENTS["live"].values()
     rows = [{"flags": flags, "seed": 0, "first_difference": [3, 2, 1], "same": 0.5},
             {"flags": flags, "seed": 1, "first_difference": None, "same": 1.0}]
