@@ -50,8 +50,6 @@ ARMS = {
 }
 FOUR = ("clip ε 0.2", "noclip (α 0)", "pspo α 0.1", "log_pspo α 0.1")
 NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
-
-
 GRID = ((2, 1), (2, 3), (2, 10), (8, 1), (8, 3), (8, 10), (16, 1), (16, 10))  # epochs, rate ×
 
 

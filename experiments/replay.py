@@ -69,7 +69,7 @@ def equal_run(flags, alpha):
     """The flags of the run without smoothing that makes the same weights as one with α.
 
     With c = 1 − α, PSPO's gradient is c·g. A gradient-norm limit L cuts c·g as L/c cuts g. AdamW
-    divides by √v + ε: both scale with c where ε does, so ε counts as ε/c. SGD's rate η counts as
+    moves by η·m/(√v + δ), where m and √v scale with c: δ counts as δ/c. SGD's rate η counts as
     c·η. A KL term that shares the loss, β·k, counts as β/c. Nothing else knows c.
     """
     with aside():

@@ -289,8 +289,9 @@ def draw_reuse(rows, plt):
                                 layout="constrained")
     for axis, times in zip(axes, rates):
         for shift, (arm, (color, line, marker)) in enumerate(zip(FOUR, STYLES)):
-            found = {int(e): [row["test_strict"] for row in rows  # every seed there is
-                              if row["flags"] == EXPERIMENTS["reuse"][f"{a} | {e} | {t}"]]
+            found = {int(e): [row["test_strict"] for row in rows  # every seed that did not fail
+                              if row["flags"] == EXPERIMENTS["reuse"][f"{a} | {e} | {t}"]
+                              and "test_strict" in row]
                      for a, e, t in labels if (a, t) == (arm, times)}
             points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x))
                       for e, x in found.items() if len(x) > 1]

@@ -85,7 +85,6 @@ def old_log_probs_as_sampled(run, minibatches, s):
     return entropies
 
 
-
 def noisy(sd, generator):
     """`policy_loss` with fresh noise on the new log-probs, once an update has moved them: what a
     rounding that every update draws anew does to ratios."""
