@@ -50,7 +50,8 @@ ARMS = {
 }
 FOUR = ("clip ε 0.2", "noclip (α 0)", "pspo α 0.1", "log_pspo α 0.1")
 NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
-GRID = ((2, 1), (2, 3), (2, 10), (8, 1), (8, 3), (8, 10), (16, 1), (16, 10))  # epochs, rate ×
+GRID = tuple((epochs, times) for epochs in (1, 2, 4, 8, 16) for times in (1, 3, 10))  # rate ×
+AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, rate ×
 
 
 def seeds(name):
@@ -82,9 +83,9 @@ EXPERIMENTS = {
     "alpha": {"α 0": ARMS["noclip (α 0)"] + reuse(2, 1), **{
         f"α {alpha}": (ARMS["pspo α 0.1"] if alpha == 0.1 else f"--objective pspo --alpha {alpha}")
         + reuse(2, 1) for alpha in ALPHAS}},
-    "stale": {f"{arm} | {steps}": ARMS[arm] + reuse(2, 3)
+    "stale": {f"{arm} | {steps} | {times}": ARMS[arm] + reuse(2, times)
               + (f" --stale {steps}" if steps else "")
-              for steps in (0, 8) for arm in FOUR},
+              for steps, times in AGES for arm in FOUR},
     "noise": {
         **{f"{arm} | fp32": ARMS[arm] + reuse(2, 1) for arm in NOISY},
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},

@@ -13,10 +13,18 @@ from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, GRID, RATE, seeds
 from intervals import over_seeds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-FIGURES = README.parent / "figures"
+
+
+def on_the_way(row):
+    """Validation accuracy after a fifth of the run's steps."""
+    accuracy = dict(map(tuple, row["validation"]))
+    return None if row["failed"] else accuracy[max(accuracy) // 5]
+
 
 # header, key of a row (or a function of it), factor, digits
 ACCURACY = ("accuracy (%)", "test_strict", 100, 1)
+ON_THE_WAY = ("on the way (%)", on_the_way, 100, 1)
+COMPARED = (ACCURACY, ON_THE_WAY)  # columns that are followed by differences
 KL = ("KL(old‖new) (10⁻³ nats)", "kl_old_new", 1e3, 2)
 REMOVED = ("gradient a 0.2 clip removes (%)", "clip_removed", 100, 1)
 NORM = ("gradient norm", "gradient_norm", 1, 2)
@@ -24,28 +32,22 @@ LOST = ("optimizer steps lost (%)", lambda row: None if row["failed"] else
         row["skipped_steps"] / row["optimizer_steps"], 100, 0)
 
 
-def noise_of(limit):
-    """Columns of what a clip at this limit removes, and how much of it is rounding."""
-    return [(f"tokens a {limit} clip would remove (%)", f"removed_{limit}", 100, 1),
-            ("the same without noise (%)", f"removed_exact_{limit}", 100, 1),
-            ("gradient lost to noise (%)", f"lost_{limit}", 100, 1)]
-
-
 TABLES = {
-    "mild": [ACCURACY, NORM, LOST],
-    "stress": [ACCURACY, KL, REMOVED, NORM, LOST],
+    "mild": [ACCURACY, ON_THE_WAY, NORM, LOST],
+    "stress": [ACCURACY, ON_THE_WAY, KL, REMOVED, NORM, LOST],
     "alpha": [ACCURACY, NORM],
     "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
-    "stale": [ACCURACY, KL, REMOVED, NORM, LOST],
-    "noise": [ACCURACY, ("sd of noise (nats)", "noise_sd", 1, 4), *noise_of(0.1), *noise_of(0.2)],
+    "stale": [ACCURACY, ON_THE_WAY, KL, REMOVED, NORM, LOST],
+    "noise": [ACCURACY, ON_THE_WAY],
     "hopeless": [ACCURACY,
                  ("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
                   1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
-AGAINST = {  # the arm that the others are compared with (all else of their cells being equal)
-    "mild": "clip ε 0.2", "stress": "clip ε 0.2", "reuse": "clip ε 0.2", "stale": "clip ε 0.2",
-    "noise": "noclip (α 0)", "alpha": "α 0", "hopeless": "base model"}
+AGAINST = {  # which part of a cell's label is another in the cell compared with, and what it is
+    "mild": [(0, "clip ε 0.2")], "stress": [(0, "clip ε 0.2")], "reuse": [(0, "clip ε 0.2")],
+    "stale": [(0, "clip ε 0.2")], "noise": [(0, "noclip (α 0)"), (1, "fp32")],
+    "alpha": [(0, "α 0")], "hopeless": [(0, "base model")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago"],
     "noise": ["arm", "log-probs"]}
@@ -54,11 +56,11 @@ LABELS = {  # what the parts of a cell's label are, where there are several
 # ------------------------------------------------------------------ numbers of cells
 
 def values(rows, name, label, key="test_strict"):
-    """{seed: value} of a cell, by key or by a function of the row; seeds without it left out."""
+    """{seed: value} of a cell, by key or by a function of the row; seeds without it left out, those
+    that another experiment ran of this cell not."""
     get = key if callable(key) else lambda row: row.get(key)
     flags = EXPERIMENTS[name][label]
-    found = {row["seed"]: get(row) for row in rows
-             if row["flags"] == flags and row["seed"] in seeds(name)}
+    found = {row["seed"]: get(row) for row in rows if row["flags"] == flags}
     return {seed: found[seed] for seed in sorted(found) if found[seed] is not None}
 
 
@@ -101,25 +103,42 @@ def table(rows, name):
     """The table of an experiment, a line for each of its arms, or one of OWN_TABLES."""
     if name in OWN_TABLES:
         return OWN_TABLES[name](rows)
-    cells, columns, against = EXPERIMENTS[name], TABLES[name], AGAINST.get(name)
-    labels = LABELS.get(name, ["arm"])
-    header = [*labels, "seeds", *(title for title, *_ in columns)]
-    if against:
-        header.insert(len(labels) + 2, f"above {against} (points)")
+    labels, against = LABELS.get(name, ["arm"]), AGAINST.get(name, [])
+    header = [*labels, "seeds"]
+    for column in TABLES[name]:
+        header.append(column[0])
+        if column in COMPARED:
+            header += [f"above {other} (points)" for _, other in against]
     lines = []
-    for label in cells:
+    for label in EXPERIMENTS[name]:
         parts = label.split(" | ")
         failed = sum(values(rows, name, label, lambda row: bool(row.get("failed"))).values())
         n = len(values(rows, name, label, "flags"))
         line = [*parts, f"{n}, {failed} failed" if failed else n]
-        line += [in_numbers(values(rows, name, label, key).values(), factor, digits)
-                 for _, key, factor, digits in columns]
-        if against:
-            other = " | ".join([against, *parts[1:]])
-            line.insert(len(labels) + 2, "" if label == other else
-                        difference(values(rows, name, label), values(rows, name, other)))
+        for column in TABLES[name]:
+            _, key, factor, digits = column
+            x = values(rows, name, label, key)
+            line.append(in_numbers(x.values(), factor, digits))
+            for i, part in against if column in COMPARED else ():
+                other = " | ".join([*parts[:i], part, *parts[i + 1:]])
+                line.append("" if label == other else
+                            difference(x, values(rows, name, other, key)))
         lines.append(line)
     return markdown(header, lines)
+
+
+def rounding_table(rows):
+    """What clips at 0.1 and 0.2 remove where log-probs are rounded or noisy."""
+    columns = [("sd of noise (nats)", "noise_sd", 1, 4)]
+    for limit in (0.1, 0.2):
+        columns += [(f"tokens a {limit} clip would remove (%)", f"removed_{limit}", 100, 1),
+                    ("the same without noise (%)", f"removed_exact_{limit}", 100, 1),
+                    ("gradient lost to noise (%)", f"lost_{limit}", 100, 1)]
+    lines = [[*label.split(" | "), len(values(rows, "noise", label)),
+              *(in_numbers(values(rows, "noise", label, key).values(), factor, digits)
+                for _, key, factor, digits in columns)]
+             for label in EXPERIMENTS["noise"] if not label.endswith("fp32")]
+    return markdown([*LABELS["noise"], "seeds", *(title for title, *_ in columns)], lines)
 
 
 def replay_table(rows):
@@ -162,18 +181,21 @@ def live_table(rows):
 
 
 def rate_table(rows):
-    """Each arm at the learning rate of the grid with its best validation accuracy."""
+    """Each arm at the learning rate of the grid with its best validation accuracy at the end, all of
+    the grid's own seeds."""
+    def own(arm, epochs, times, key="test_strict"):
+        found = values(rows, "reuse", f"{arm} | {epochs} | {times}", key)
+        return {seed: x for seed, x in found.items() if seed in seeds("reuse")}
     labels = [label.split(" | ") for label in EXPERIMENTS["reuse"]]
     lines = []
     for epochs in dict.fromkeys(epochs for _, epochs, _ in labels):
         best = {}
         for arm in FOUR:
             found = {times: x for a, e, times in labels if (a, e) == (arm, epochs) and (
-                x := values(rows, "reuse", f"{a} | {e} | {times}", last_validation))}
+                x := own(a, e, times, last_validation))}
             if found:
                 best[arm] = max(found, key=lambda times: statistics.fmean(found[times].values()))
-        tests = {arm: values(rows, "reuse", f"{arm} | {epochs} | {times}")
-                 for arm, times in best.items()}
+        tests = {arm: own(arm, epochs, times) for arm, times in best.items()}
         for arm, x in tests.items():
             lines.append([arm, epochs, f"× {best[arm]}", len(x), in_numbers(x.values(), 100),
                           "" if arm == FOUR[0] else difference(x, tests.get(FOUR[0], {}))])
@@ -204,25 +226,28 @@ OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"),
           ("stress", "log_pspo α 0.5", "cispo r ≤ 2"), ("stress", "log_pspo α 0.5", "scopic τ 4")]
 
 
-def pair_table(rows, pairs):
+def pair_table(rows, of):
     """Two arms against each other, in regimes that are told by their flags."""
     lines = []
-    for name, first, second in pairs:
+    for name, first, second in of:
         flags = EXPERIMENTS[name][first].split()
         given = {key: value for key, value in zip(flags, flags[1:]) if key.startswith("--")}
         regime = f"{given['--epochs']} epochs, × {float(given['--learning-rate']) / RATE:g}"
         regime += f", {given['--stale']} steps ago" if "--stale" in given else ""
         regime += ", noise" if "--noise" in given else ""
-        x, y = values(rows, name, first), values(rows, name, second)
+        pairs = [[values(rows, name, arm, key) for arm in (first, second)]
+                 for _, key, *_ in COMPARED]
         lines.append([regime, first.split(" | ")[0], second.split(" | ")[0],
-                      len(x.keys() & y.keys()), difference(x, y)])
+                      min(len(x.keys() & y.keys()) for x, y in pairs),
+                      *(difference(x, y) for x, y in pairs)])
     return markdown(["regime", "first", "second", "seeds", "accuracy of the first above the second "
-                     "(points)"], lines)
+                     "(points)", "on the way (points)"], lines)
 
 
 OWN_TABLES = {"null": lambda rows: pair_table(rows, NULL),
               "pairs": lambda rows: pair_table(rows, OTHERS),
-              "replay": replay_table, "live": live_table, "rates": rate_table, "cost": cost}
+              "rounding": rounding_table, "replay": replay_table, "live": live_table,
+              "rates": rate_table, "cost": cost}
 
 
 def write_readme(rows, path=README):
@@ -241,26 +266,55 @@ STYLES = [("#d55e00", "--", "s"), ("0.5", ":", "o"), ("#0072b2", "-", "^"), ("bl
 
 
 def draw_arms(rows, plt):
-    """Every seed as a dot, the mean and its interval as a bar: one line an arm, two regimes."""
+    """Every seed as a circle, the mean as a tick, its interval as a bar: one line an arm."""
     arms = sorted(EXPERIMENTS["stress"], key=lambda arm: -statistics.fmean(
         values(rows, "stress", arm).values() or [0]))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True,
-                                layout="constrained")
-    for axis, name, title in ((axes[0], "mild", "mild: 2 epochs, learning rate × 1"),
-                              (axes[1], "stress", "stress: 8 epochs, learning rate × 10")):
-        for y, arm in enumerate(arms):
-            x = list(values(rows, name, arm).values()) if arm in EXPERIMENTS[name] else []
-            axis.plot(x, [y] * len(x), "o", color="0.55", markersize=5, markerfacecolor="none")
-            if len(x) > 1:
-                mean, interval = over_seeds(x)
-                axis.plot([mean], [y], "|", color="black", markersize=15, markeredgewidth=2.5)
-                axis.plot(interval or (mean, mean), [y, y], color="#0072b2", linewidth=3, zorder=0,
-                          alpha=0.7)
-        axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(-0.02, 1.02), title=title,
-                 xlabel="greedy strict accuracy, 200 test problems")
-        axis.grid(axis="x", color="0.9")
-    axes[0].invert_yaxis()
+    figure, axis = plt.subplots(figsize=(7.5, 0.33 * len(arms) + 1.2), layout="constrained")
+    for y, arm in enumerate(arms):
+        x = list(values(rows, "stress", arm).values())
+        axis.plot(x, [y] * len(x), "o", color="0.45", markersize=5, markerfacecolor="none")
+        if len(x) > 1:
+            mean, interval = over_seeds(x)
+            axis.plot([mean], [y], "|", color="black", markersize=15, markeredgewidth=2.5)
+            axis.plot(interval or (mean, mean), [y, y], color="#0072b2", linewidth=3, zorder=0,
+                      alpha=0.7)
+    axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(-0.02, 1.02),
+             xlabel="greedy strict accuracy, 200 test problems")
+    axis.grid(axis="x", color="0.9")
+    axis.invert_yaxis()
     return figure
+
+
+def draw_stale(rows, plt):
+    """Validation accuracy against the step, a panel for each age of the rollouts, a line an arm."""
+    labels = [label.split(" | ") for label in EXPERIMENTS["stale"]]
+    ages = list(dict.fromkeys(age for _, age in labels))
+    figure, axes = plt.subplots(1, len(ages), figsize=(10, 3.6), sharey=True, layout="constrained")
+    for axis, age in zip(axes, ages):
+        for arm, style in zip(FOUR, STYLES):
+            curves = values(rows, "stale", f"{arm} | {age}", "validation").values()
+            steps = [step for step, _ in next(iter(curves), [])]
+            x = [[dict(map(tuple, curve))[step] for curve in curves] for step in steps]
+            errorbar(axis, steps, x, arm, style, 0.8)
+        axis.set(title=f"rollouts of {age} steps ago", xlabel="step", ylim=(0, 1.02))
+        axis.grid(axis="y", color="0.9")
+    axes[0].set_ylabel("validation accuracy, sampled")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False,
+                  loc="outside lower center", ncols=len(FOUR))
+    return figure
+
+
+def errorbar(axis, at, values_at, arm, style, apart):
+    """A line through the means of the values at each place, whiskers of 95 %; the arms of FOUR a
+    little apart."""
+    color, line, marker = style
+    shift = (FOUR.index(arm) - 1.5) * apart
+    points = [(place + shift, *over_seeds(x)) for place, x in zip(at, values_at) if len(x) > 1]
+    if points:
+        x, means, intervals = zip(*points)
+        halves = [0 if i is None else m - i[0] for m, i in zip(means, intervals)]
+        axis.errorbar(x, means, halves, color=color, linestyle=line, marker=marker, capsize=3,
+                      label=arm)
 
 
 def draw_replay(rows, plt):
@@ -271,7 +325,6 @@ def draw_replay(rows, plt):
         if found:
             means = [statistics.fmean(d[str(alpha)] for d in found) for alpha in ALPHAS]
             axis.plot(ALPHAS, means, color=color, linestyle=line, marker=marker, label=label)
-    axis.axhline(1e-3, color="0.85", zorder=0)
     axis.set(yscale="log", xlabel="α", ylabel="distance to the run with α = 0\n"
              "(share of the distance travelled)", xticks=ALPHAS,
              xticklabels=[str(alpha) for alpha in ALPHAS], ylim=(1e-6, 2))
@@ -288,21 +341,12 @@ def draw_reuse(rows, plt):
     figure, axes = plt.subplots(1, len(rates), figsize=(10, 3.6), sharey=True,
                                 layout="constrained")
     for axis, times in zip(axes, rates):
-        for shift, (arm, (color, line, marker)) in enumerate(zip(FOUR, STYLES)):
-            found = {int(e): [row["test_strict"] for row in rows  # every seed that did not fail
-                              if row["flags"] == EXPERIMENTS["reuse"][f"{a} | {e} | {t}"]
-                              and "test_strict" in row]
-                     for a, e, t in labels if (a, t) == (arm, times)}
-            points = [(e * 1.05 ** (shift - 1.5), *over_seeds(x))
-                      for e, x in found.items() if len(x) > 1]
-            if points:
-                x, means, intervals = zip(*points)
-                halves = [0 if i is None else m - i[0] for m, i in zip(means, intervals)]
-                axis.errorbar(x, means, halves, color=color, linestyle=line, marker=marker,
-                              capsize=3, label=arm)
-        axis.set(xscale="log", xticks=every, xticklabels=map(str, every), ylim=(0, 1.02),
+        for arm, style in zip(FOUR, STYLES):
+            found = [values(rows, "reuse", f"{arm} | {n} | {times}").values()
+                     if [arm, str(n), times] in labels else () for n in every]
+            errorbar(axis, range(len(every)), [list(x) for x in found], arm, style, 0.06)
+        axis.set(xticks=range(len(every)), xticklabels=map(str, every), ylim=(0, 1.02),
                  title=f"learning rate × {times}", xlabel="epochs per rollout")
-        axis.minorticks_off()
         axis.grid(axis="y", color="0.9")
     axes[0].set_ylabel("greedy strict accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False,
@@ -310,11 +354,14 @@ def draw_reuse(rows, plt):
     return figure
 
 
-def draw_figures(rows, folder=FIGURES):
+FIGURES = {"arms": draw_arms, "reuse": draw_reuse, "stale": draw_stale, "replay": draw_replay}
+
+
+def draw_figures(rows, folder=README.parent / "figures"):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for name, draw in (("arms", draw_arms), ("replay", draw_replay), ("reuse", draw_reuse)):
+    for name, draw in FIGURES.items():
         figure = draw(rows, plt)
         figure.savefig(folder / f"{name}.png", dpi=130)
         plt.close(figure)

@@ -31,6 +31,7 @@ from settings import read_settings
 from train import old_log_probs
 
 LAST = 10  # steps at the end of a run whose metrics are averaged
+ON_THE_WAY = 5  # the first of so many parts of a run, whose metrics are averaged too
 MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entropy", "length_mean",
          "truncated", "reward_mean", "effective_sample_size"]
 WATCHED = 10  # every so many steps rounding is measured
@@ -184,6 +185,7 @@ def run_cell(cell):
         row |= {"test_" + key: summarise(answers, 1)[key] for key in ("strict", "flexible")}
         row |= {key: metrics[-1].get(key) for key in ("optimizer_steps", "skipped_steps")}
         row |= means(steps[-LAST:], MEANS) | means(rounding, rounding[0] if rounding else [])
+        row["on_the_way"] = means(steps[:len(steps) // ON_THE_WAY], MEANS)
     row["validation"] = [[seen["step"], seen["validation_accuracy"]] for seen in metrics
                          if "validation_accuracy" in seen]
     if special.hopeless and not failed:
