@@ -154,6 +154,7 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         self.compute_dtype = torch.float32
         self.checkpoint_activations = False  # keep each layer's input only, compute the rest twice
+        self.compiled = False
         self.n_real_ids = c["vocab_size"]
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
@@ -225,7 +226,8 @@ class Qwen2(nn.Module):
             of M; the losses of all chunks are added, so it must be a weighted sum, not a mean.
         Returns logp_M and entropy_M (or None), fp32, nats, no grad.
         """
-        with torch.set_grad_enabled(loss is not None):
+        # torch compiles what needs a gradient apart: equal to the last bit is only one of the two
+        with torch.set_grad_enabled(loss is not None or self.compiled):
             hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
             hidden_MC = hidden_NC.index_select(0, batch.predictor_M)
         logps, entropies, gradients = [], [], []
@@ -267,10 +269,10 @@ class Qwen2(nn.Module):
         for block in self.model["layers"]:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
+        self.compiled = True
         two = torch.arange(2, device=self.device)
         try:
-            with torch.no_grad():
-                self(two, two, lambda layer, q_NHD, k_NKD, v_NKD: q_NHD)
+            self(two, two, lambda layer, q_NHD, k_NKD, v_NKD: q_NHD)
         except RuntimeError as e:
             raise ValueError("torch cannot compile here; install a C++ compiler (on CUDA also "
                              f"triton) or leave --compile away ({str(e).splitlines()[0]})") from e
@@ -390,7 +392,9 @@ def from_hub(weights):
 
 def is_out_of_memory(e):
     """Whether an exception means that memory did not suffice, of the GPU or the process."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e)
+    words = "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+            or any(x in str(e) for x in words))
 
 
 def fingerprint(folder):

@@ -117,7 +117,7 @@ class SharedPromptAttention:
 
 
 def scores(q, k):
-    """q·k in fp32 whatever their dtype: (…, …, S, D), (…, …, D, T) -> (…, …, S, T).
+    """q·k in fp32 (TF32 with --dtype tf32): (…, …, S, D), (…, …, D, T) -> (…, …, S, T).
 
     Qwen2.5 has keys so large that scores rounded to bf16 would be another policy than the
     trainer's.
@@ -436,8 +436,9 @@ class Sampler:
                                          max_new_tokens)
         self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
         self.places = torch.arange(n_rows, device=model.device)
-        self.graphs = {}  # of step, on CUDA; they share one pool of memory
-        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self.graphs = {}  # of step, on CUDA; they share one pool of memory and one stream
+        if model.device.type == "cuda":
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(n_rows, *shape, dtype=dtype, device=model.device)
@@ -471,7 +472,9 @@ class Sampler:
         """`step`; on CUDA captured once for each size as a graph, which replays without the host.
 
         Before the capture the step runs once, so that every kernel is loaded; then the rows are
-        put back (what it cached is computed again).
+        put back (what it cached is computed again). The stream is the sampler's own: with a graph,
+        torch also frees cuBLAS's workspace of the stream that it was captured on, which no graph
+        of another sampler may still use (issue 193402 of pytorch).
         """
         if self.places.device.type == "cpu":
             return self.step(n_own)
@@ -479,16 +482,16 @@ class Sampler:
         size = len(self.rows.token), n_own, self.attention.n_prompts
         if size not in self.graphs:
             before = {name: x.clone() for name, x in vars(self.rows).items()}
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.step(n_own)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.stream)
             for name, x in before.items():
                 getattr(self.rows, name).copy_(x)
-            self.graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[size], pool=self.pool):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(n_own)
+            self.graphs[size] = graph
         self.graphs[size].replay()
 
     def run(self, prompts, keys, seed, step, report):

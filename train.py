@@ -265,6 +265,18 @@ def learning_rate(s, optimizer_step):
     return s.learning_rate * max(min(rise, fall, 1.0), 0.0)
 
 
+def exact_log_probs(model, micro, temperature):
+    """The model's log-probs of a micro-batch in fp32, whatever it computes in."""
+    dtype, precision = model.compute_dtype, torch.get_float32_matmul_precision()
+    model.compute_dtype = torch.float32
+    torch.set_float32_matmul_precision("highest")  # not TF32
+    try:
+        return model.completion_log_probs(micro.batch, temperature)[0]
+    finally:
+        model.compute_dtype = dtype
+        torch.set_float32_matmul_precision(precision)
+
+
 def noise_floor(model, micro, temperature):
     """Share of tokens whose probability leaves 1 ± 0.1 (and 0.2) times that of an fp32 computation.
 
@@ -273,10 +285,7 @@ def noise_floor(model, micro, temperature):
     a published model: its weights lie on the bf16 grid, and the cast rounds the move away.)
     """
     rounded_M, _ = model.completion_log_probs(micro.batch, temperature)
-    dtype, model.compute_dtype = model.compute_dtype, torch.float32
-    exact_M, _ = model.completion_log_probs(micro.batch, temperature)
-    model.compute_dtype = dtype
-    distance_M = ((rounded_M - exact_M).exp() - 1).abs()
+    distance_M = ((rounded_M - exact_log_probs(model, micro, temperature)).exp() - 1).abs()
     return {f"noise_floor_{limit}": (distance_M > limit).double().mean().item()
             for limit in (0.1, 0.2)}
 
@@ -295,12 +304,20 @@ def mean(values):
 
 # ------------------------------------------------------------------ files of a run
 
+def git(*words):
+    """What git says of this folder; "" where it is no clone, or git not installed."""
+    try:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True,
+                              text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def describe_run(s):
     """What config.json holds beside the settings: commit, versions, device."""
     import transformers
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     device = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "cpu"
-    return {"commit": git.stdout.strip() or None, "device_name": device,
+    return {"commit": git("rev-parse", "HEAD") or None, "device_name": device,
             "processes": parallel.n_processes(),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "transformers": transformers.__version__}}
@@ -324,13 +341,13 @@ def announce(s, run):
     print(f"run        {s.steps} steps = {s.steps * optimizer_steps} optimizer steps, "
           f"{s.steps * P / len(run.problems):.2f} passes over the training problems")
     state_bytes = 16 * n_parameters
-    if s.fsdp:  # beside its part: the copy that samples, and the head with its gradient
-        width = 2 if s.dtype == "bf16" else 4
-        state_bytes = (state_bytes / parallel.n_processes() + width * n_parameters
-                       + 8 * c["vocab_size"] * c["hidden_size"])
-    print(f"memory     {state_bytes / 2**30:.2f} GiB weights, gradients and AdamW state of "
-          f"{n_parameters:,} parameters{', in each process' * s.fsdp}; {cache_gib:.2f} GiB cache "
-          f"while sampling; activations of {s.tokens_per_microbatch:,} tokens on top")
+    if s.fsdp:  # a part of it, and the whole head with its gradient
+        state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
+    if s.fsdp or s.dtype == "bf16":  # the copy that samples; else it shares the weights
+        state_bytes += (2 if s.dtype == "bf16" else 4) * n_parameters
+    print(f"memory     {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW state and sampler's "
+          f"copy of {n_parameters:,} parameters{', in each process' * s.fsdp}; {cache_gib:.2f} GiB "
+          f"cache while sampling; activations of {s.tokens_per_microbatch:,} tokens on top")
     if optimizer_steps == 1 and s.objective != "noclip":
         print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
               f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
@@ -437,7 +454,9 @@ def try_largest_batch(run, s):
             run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(),
                                            True)
         del adamw_state
-    except torch.OutOfMemoryError as e:
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
         raise ValueError(f"a rollout or its largest micro-batch, {n * n_tokens:,} tokens: "
                          f"{in_words(e, s)}; a group needs {n_tokens} tokens") from e
     finally:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bench import ours, peers
 from rollout import flat_batch
-from train import peak_memory_gib
+from train import git, peak_memory_gib
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SLOTS = 64  # rows in flight on ragged work; four sequences for each
@@ -68,8 +68,7 @@ def report(name, args, text, data):
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     for package in needed(args.peers):
         versions[package] = __import__(package).__version__
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = git("describe", "--always", "--dirty")
     used = f"python -m bench {' '.join(sys.argv[1:])}"
     about = (f"{device}; {args.dtype}; " + ", ".join(f"{k} {v}" for k, v in versions.items())
              + f"; commit {commit or 'unknown'}; `{used}`")

@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from experiments import replay, report, run
 from experiments.cells import EXPERIMENTS, seeds
+from train import git
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
@@ -56,9 +56,6 @@ def runner(cell):
 
 def run_all(cells, path, n_jobs):
     """Run these cells; each adds its row to the file when it ends."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True,
-                              text=True).stdout.strip()
     commit = git("rev-parse", "--short", "HEAD") + "-changed" * bool(
         git("status", "--porcelain", "-uno", "--", ".", ":!experiments/results.jsonl"))
     with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool, \
@@ -97,7 +94,7 @@ def main():
     for name in names:
         print(f"\n{name}\n\n{report.table(rows, name)}")
     print(f"\n{report.cost(rows)}")
-    if args.results == RESULTS:
+    if args.results.resolve() == RESULTS:
         report.write_readme(rows)
         report.draw_figures(rows)
 

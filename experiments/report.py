@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments.cells import ALPHAS, EXPERIMENTS, FOUR, GRID, RATE, seeds
+from experiments.cells import AGES, ALPHAS, EXPERIMENTS, FOUR, GRID, RATE, seeds
 from intervals import over_seeds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -32,12 +32,18 @@ LOST = ("optimizer steps lost (%)", lambda row: None if row["failed"] else
         row["skipped_steps"] / row["optimizer_steps"], 100, 0)
 
 
+def on_the_way_too(column):
+    """The column of a metric, but of its mean over the first fifth of the run."""
+    title, key, factor, digits = column
+    return (f"on the way: {title}", lambda row: row["on_the_way"].get(key), factor, digits)
+
+
 TABLES = {
     "mild": [ACCURACY, ON_THE_WAY, NORM, LOST],
     "stress": [ACCURACY, ON_THE_WAY, KL, REMOVED, NORM, LOST],
     "alpha": [ACCURACY, NORM],
     "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
-    "stale": [ACCURACY, ON_THE_WAY, KL, REMOVED, NORM, LOST],
+    "stale": [ACCURACY, ON_THE_WAY, on_the_way_too(KL), on_the_way_too(REMOVED), LOST],
     "noise": [ACCURACY, ON_THE_WAY],
     "hopeless": [ACCURACY,
                  ("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
@@ -49,7 +55,7 @@ AGAINST = {  # which part of a cell's label is another in the cell compared with
     "stale": [(0, "clip ε 0.2")], "noise": [(0, "noclip (α 0)"), (1, "fp32")],
     "alpha": [(0, "α 0")], "hopeless": [(0, "base model")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
-    "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago"],
+    "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago", "rate ×"],
     "noise": ["arm", "log-probs"]}
 
 
@@ -181,8 +187,8 @@ def live_table(rows):
 
 
 def rate_table(rows):
-    """Each arm at the learning rate of the grid with its best validation accuracy at the end, all of
-    the grid's own seeds."""
+    """Each arm at the learning rate of the grid with its best validation accuracy at the end, over
+    the seeds that the whole grid has."""
     def own(arm, epochs, times, key="test_strict"):
         found = values(rows, "reuse", f"{arm} | {epochs} | {times}", key)
         return {seed: x for seed, x in found.items() if seed in seeds("reuse")}
@@ -218,9 +224,8 @@ def cost(rows):
 
 # pairs of arms that are compared with each other: experiment, first, second
 NULL = [(name, "pspo α 0.1" + rest, "noclip (α 0)" + rest) for name, rest in (
-    ("mild", ""), ("stale", " | 0"), ("stale", " | 8"), ("noise", " | noise"), ("stress", ""),
-    *(("reuse", f" | {epochs} | {times}") for epochs, times in GRID
-      if (epochs, times) not in ((2, 1), (2, 3), (8, 10))))]
+    *(("stale", f" | {steps} | {times}") for steps, times in AGES), ("noise", " | noise"),
+    *(("reuse", f" | {epochs} | {times}") for epochs, times in GRID if epochs != 2))]
 OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"),
           ("stress", "pspo α 0.5", "sapo"), ("stress", "pspo α 0.5", "scopic τ 4"),
           ("stress", "log_pspo α 0.5", "cispo r ≤ 2"), ("stress", "log_pspo α 0.5", "scopic τ 4")]
@@ -287,16 +292,16 @@ def draw_arms(rows, plt):
 
 def draw_stale(rows, plt):
     """Validation accuracy against the step, a panel for each age of the rollouts, a line an arm."""
-    labels = [label.split(" | ") for label in EXPERIMENTS["stale"]]
-    ages = list(dict.fromkeys(age for _, age in labels))
+    ages = ((0, 3), (8, 3), (8, 10))
     figure, axes = plt.subplots(1, len(ages), figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, age in zip(axes, ages):
+    for axis, (age, times) in zip(axes, ages):
         for arm, style in zip(FOUR, STYLES):
-            curves = values(rows, "stale", f"{arm} | {age}", "validation").values()
+            curves = values(rows, "stale", f"{arm} | {age} | {times}", "validation").values()
             steps = [step for step, _ in next(iter(curves), [])]
             x = [[dict(map(tuple, curve))[step] for curve in curves] for step in steps]
             errorbar(axis, steps, x, arm, style, 0.8)
-        axis.set(title=f"rollouts of {age} steps ago", xlabel="step", ylim=(0, 1.02))
+        axis.set(title=f"rollouts of {age} steps ago, rate × {times}", xlabel="step",
+                 ylim=(0, 1.02))
         axis.grid(axis="y", color="0.9")
     axes[0].set_ylabel("validation accuracy, sampled")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False,

@@ -100,20 +100,22 @@ def watched(update, sd, generator, found):
     """`update`, which every so many steps, after its last optimizer step, also computes the new
     ratios exactly, in fp32 and without noise; appends to `found` what clips at 0.1 and 0.2 would
     take of both."""
-    def log_probs(run, s, micros, dtype):
-        with mock.patch.object(run.model, "compute_dtype", dtype):
-            return torch.cat([run.model.completion_log_probs(micro.batch, s.temperature)[0]
-                              for micro in micros])
+    def exact(run, s, micros):
+        return torch.cat([train.exact_log_probs(run.model, micro, s.temperature)
+                          for micro in micros])
+
+    def rounded(run, s, micros):
+        return torch.cat([run.model.completion_log_probs(micro.batch, s.temperature)[0]
+                          for micro in micros])
 
     def watched_update(run, minibatches, s):
         micros = [micro for minibatch in minibatches for micro in minibatch]
         if (run.step + 1) % WATCHED or not micros:
             return update(run, minibatches, s)
-        dtype = run.model.compute_dtype
-        before_M = log_probs(run, s, micros, torch.float32)
+        before_M = exact(run, s, micros)
         seen = update(run, minibatches, s)
-        exact_M = log_probs(run, s, micros, torch.float32) - before_M
-        rounded_M = log_probs(run, s, micros, dtype) - torch.cat([m.old_logp_M for m in micros])
+        exact_M = exact(run, s, micros) - before_M
+        rounded_M = rounded(run, s, micros) - torch.cat([m.old_logp_M for m in micros])
         rounded_M += sd * torch.randn(rounded_M.shape, generator=generator)
         found.append(noise_metrics(exact_M, rounded_M, torch.cat([m.advantage_M for m in micros]),
                                    torch.cat([m.weight_M for m in micros])))

@@ -6,7 +6,7 @@ from test_train import metrics, run, updated
 
 import train
 from model import Qwen2
-from rollout import Sampler, SharedPromptAttention, flat_batch, generate
+from rollout import LENGTH_STEP, Sampler, SharedPromptAttention, flat_batch, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -78,11 +78,12 @@ def test_captured_steps_equal_plain_ones(folder, monkeypatch, top_p):
     expected = list(rollouts(captured))
     (sampler,) = captured.kept_samplers.values()
     assert len(sampler.graphs) > 1
-    monkeypatch.setattr(Sampler, "step_or_replay", lambda self, n_own: self.step(n_own))
+    monkeypatch.setattr(Sampler, "step_or_replay", lambda self, n_own: self.step(
+        min(-(-n_own // LENGTH_STEP) * LENGTH_STEP, self.T)))
     for one, two in zip(expected, rollouts(plain), strict=True):
         same = [a == b for a, b in zip(one.completions, two.completions)]
         print(f"top-p {top_p}: {sum(same)} of {len(same)} completions equal")
-        assert sum(same) > 0.9 * len(same)  # lengths cached differ, so a last bit may
+        assert sum(same) > 0.9 * len(same)  # sums over a single row are not deterministic there
 
 
 def test_the_graph_is_captured_once_a_size_and_refreshed_in_place(folder):

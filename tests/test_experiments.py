@@ -97,6 +97,7 @@ def test_a_run_leaves_its_row_and_no_folder():
     assert row | {"cpu_seconds": 0} == again | {"cpu_seconds": 0}  # CPU: bit for bit
     assert row["flags"] == SMALL and row["seed"] == 3 and row["failed"] is None
     assert 0 <= row["test_strict"] <= 1 and row["optimizer_steps"] == 8 and row["kl_old_new"] > 0
+    assert row["on_the_way"] == {}  # of 2 steps no fifth
     assert [step for step, _ in row["validation"]] == [0, 2]
     assert os.listdir() == [] and json.loads(json.dumps(row)) == row
 
@@ -295,13 +296,12 @@ def test_the_entry_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):
 
 def test_a_table_says_what_the_rows_say(monkeypatch):
     monkeypatch.setattr(report, "EXPERIMENTS", {"mild": {"A": "a", "B": "b", "C": "c"}})
-    monkeypatch.setattr(report, "AGAINST", {"mild": "A"})
+    monkeypatch.setattr(report, "AGAINST", {"mild": [(0, "A")]})
     monkeypatch.setattr(report, "TABLES", {"mild": [report.ACCURACY, report.LOST]})
     rows = [{"flags": flags, "seed": seed, "test_strict": x, "optimizer_steps": 8,
              "skipped_steps": 2, "failed": None}
             for flags, values in (("a", [0.5, 0.6, 0.7]), ("b", [0.4, 0.6]))
             for seed, x in enumerate(values)]
-    rows.append({**rows[0], "seed": 7, "test_strict": 0.0})  # no seed of this experiment
     # sd 0.1; the interval of three runs: 0.6 ± 4.3027·0.1/√3 = 0.3516 … 0.8484
     assert statistics.stdev([0.5, 0.6, 0.7]) == pytest.approx(0.1)
     # B − A of the seeds both have: −10 and 0; −5 ± 12.7062·√50/√2 = −68.5 … 58.5
@@ -312,6 +312,35 @@ def test_a_table_says_what_the_rows_say(monkeypatch):
         "| B | 2 | 50.0 ± 14.1 [-77.1, 177.1] | -5.0 [-68.5, +58.5], none shown | "
         "25 ± 0 [25, 25] |",
         "| C | 0 | – | – | – |"]
+
+
+def test_a_cell_is_compared_with_those_that_differ_from_it_in_one_part(monkeypatch):
+    monkeypatch.setattr(report, "EXPERIMENTS", {"noise": {
+        "A | 1": "a1", "A | 2": "a2", "B | 1": "b1", "B | 2": "b2"}})
+    monkeypatch.setattr(report, "AGAINST", {"noise": [(0, "A"), (1, "1")]})
+    monkeypatch.setattr(report, "TABLES", {"noise": [report.ON_THE_WAY]})
+    # after a fifth of 10 steps, step 2: not the last, which is 0.9 everywhere
+    rows = [{"flags": flags, "seed": seed, "failed": None,
+             "validation": [[0, 0.0], [2, x + seed / 8], [10, 0.9]]}
+            for flags, x in (("a1", 0.0), ("a2", 0.125), ("b1", 0.25), ("b2", 0.5))
+            for seed in range(2)]
+    table = [line[2:-2].split(" | ") for line in report.table(rows, "noise").splitlines()]
+    assert table[0] == ["arm", "log-probs", "seeds", "on the way (%)", "above A (points)",
+                        "above 1 (points)"]
+    ends = [line[4:] for line in table[2:]]
+    assert ends[1:] == [["", "+12.5 in every seed"], ["+25.0 in every seed", ""],
+                        ["+37.5 in every seed", "+25.0 in every seed"]]
+    # 0.5 and 0.625: 56.25 ± 8.84, its interval 12.7062·8.84/√2 = 79.4 on either side
+    assert table[-1][3] == "56.2 ± 8.8 [-23.2, 135.7]"
+
+
+def test_what_was_measured_on_the_way_is_told_as_such():
+    rows = [{"flags": cells.EXPERIMENTS["stale"]["clip ε 0.2 | 8 | 10"], "seed": 0,
+             "failed": None, "test_strict": 0.5, "optimizer_steps": 10, "skipped_steps": 1,
+             "validation": [[0, 0.1], [20, 0.4], [100, 0.6]], "kl_old_new": 0.001,
+             "clip_removed": 0.1, "on_the_way": {"kl_old_new": 0.01234, "clip_removed": 0.75}}]
+    assert "| clip ε 0.2 | 8 | 10 | 1 | 50.0 |  | 40.0 |  | 12.34 | 75.0 | 10 |" in report.table(
+        rows, "stale")
 
 
 def test_the_chosen_rate_is_the_one_with_the_best_validation_accuracy():
@@ -354,19 +383,31 @@ def test_a_table_goes_into_its_own_place_only(tmp_path):
         f"<!-- table: live -->\n{live}\n<!-- end -->\n")
 
 
-def test_the_figure_of_the_arms_shows_the_runs_of_its_two_regimes():
+def test_the_figure_of_the_arms_shows_every_run():
     import matplotlib.pyplot as plt
-    rows = [{"flags": flags, "seed": seed, "test_strict": i / 100 + seed / 1000 + 0.5 * (n == 0)}
-            for n, name in enumerate(("mild", "stress"))
-            for i, flags in enumerate(cells.EXPERIMENTS[name].values()) for seed in range(2)]
+    rows = [{"flags": flags, "seed": seed, "test_strict": i / 100 + seed / 1000}
+            for i, flags in enumerate(cells.EXPERIMENTS["stress"].values()) for seed in range(2)]
     figure = report.draw_arms(rows, plt)
-    arms = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert set(arms) == set(cells.EXPERIMENTS["stress"])
-    for axis, name in zip(figure.axes, ("mild", "stress")):
-        dots = {arms[round(line.get_ydata()[0])]: list(line.get_xdata()) for line in axis.lines
-                if line.get_marker() == "o" and len(line.get_ydata())}
-        assert dots == {arm: list(report.values(rows, name, arm).values())
-                        for arm in arms if arm in cells.EXPERIMENTS[name]}
+    (axis,) = figure.axes
+    arms = [label.get_text() for label in axis.get_yticklabels()]
+    assert arms == list(cells.EXPERIMENTS["stress"])[::-1]  # the best on top
+    dots = {arms[round(line.get_ydata()[0])]: list(line.get_xdata()) for line in axis.lines
+            if line.get_marker() == "o"}
+    assert dots == {arm: [i / 100, i / 100 + 0.001]
+                    for i, arm in enumerate(cells.EXPERIMENTS["stress"])}
+    plt.close(figure)
+
+
+def test_the_figure_of_stale_rollouts_shows_means_at_their_steps():
+    import matplotlib.pyplot as plt
+    rows = [{"flags": cells.EXPERIMENTS["stale"]["pspo α 0.1 | 8 | 3"], "seed": seed,
+             "validation": [[0, 0.1], [20, 0.4 + seed / 10], [100, 0.9]]} for seed in range(2)]
+    figure = report.draw_stale(rows, plt)
+    (drawn,) = [container for axis in figure.axes for container in axis.containers]
+    shift = drawn[0].get_xdata()[0]  # the arms stand a little apart
+    assert drawn.get_label() == "pspo α 0.1" and abs(shift) < 2
+    assert list(drawn[0].get_xdata() - shift) == pytest.approx([0, 20, 100])
+    assert list(drawn[0].get_ydata()) == pytest.approx([0.1, 0.45, 0.9])
     plt.close(figure)
 
 
@@ -392,5 +433,5 @@ def test_every_recorded_row_is_of_a_cell_and_every_cell_has_its_seeds():
 
 def test_figures_are_drawn(tmp_path):
     report.draw_figures(entry.recorded(entry.RESULTS), tmp_path)
-    for name in ("arms", "replay", "reuse"):
+    for name in report.FIGURES:
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"

@@ -138,11 +138,15 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
     assert all(p.grad is None for p in run.model.parameters())
     assert all(map(torch.equal, run.model.parameters(), before)) and not run.optimizer.state
 
-    def out_of_memory(*arguments):
-        raise torch.OutOfMemoryError("no room")
-    monkeypatch.setattr(Qwen2, "completion_log_probs", out_of_memory)
-    with pytest.raises(ValueError, match="lower --tokens-per-microbatch .* --checkpoint-activ"):
-        train.try_largest_batch(run, s)
+    for e, expected, words in (
+            (torch.OutOfMemoryError("no room"), ValueError, "lower --tokens-per-microbatch .* "),
+            (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), ValueError, "lower"),
+            (RuntimeError("another"), RuntimeError, "^another$")):
+        def fails(*arguments):
+            raise e
+        monkeypatch.setattr(Qwen2, "completion_log_probs", fails)
+        with pytest.raises(expected, match=words):
+            train.try_largest_batch(run, s)
 
 
 @pytest.mark.parametrize("flags", [
@@ -318,6 +322,27 @@ def test_an_advantage_reaches_every_token_of_its_own_completion():
             (advantage,) = micro.advantage_M[mine].unique().tolist()
             seen.append((micro.batch.target_M[mine].tolist(), pytest.approx(advantage)))
     assert seen == list(zip(rollout.completions, advantage_PG.flatten().tolist()))
+
+
+def test_exact_log_probs_are_not_tf32_and_leave_the_setting(monkeypatch):
+    precisions = []
+    model = SimpleNamespace(compute_dtype=torch.bfloat16, completion_log_probs=lambda *_: (
+        precisions.append((model.compute_dtype, torch.get_float32_matmul_precision())), None))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        train.exact_log_probs(model, SimpleNamespace(batch=None), 1.0)
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert precisions == [(torch.float32, "highest")]
+    assert (model.compute_dtype, after) == (torch.bfloat16, "high")
+
+
+def test_without_git_a_run_has_no_commit(monkeypatch):
+    assert len(train.git("rev-parse", "HEAD")) in (0, 40)  # 0: not a clone
+    monkeypatch.setenv("PATH", "")
+    assert train.git("rev-parse", "HEAD") == ""
 
 
 def test_the_noise_floor_is_zero_in_fp32_and_not_in_bf16():
