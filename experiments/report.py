@@ -300,8 +300,8 @@ def draw_stale(rows, plt):
             steps = [step for step, _ in next(iter(curves), [])]
             x = [[dict(map(tuple, curve))[step] for curve in curves] for step in steps]
             errorbar(axis, steps, x, arm, style, 0.8)
-        axis.set(title=f"rollouts of {age} steps ago, rate × {times}", xlabel="step",
-                 ylim=(0, 1.02))
+        when = f"rollouts of {age} steps ago" if age else "fresh rollouts"
+        axis.set(title=f"{when}, rate × {times}", xlabel="step", ylim=(0, 1.02))
         axis.grid(axis="y", color="0.9")
     axes[0].set_ylabel("validation accuracy, sampled")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False,

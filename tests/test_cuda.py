@@ -97,6 +97,18 @@ def test_the_graph_is_captured_once_a_size_and_refreshed_in_place(folder):
     assert all(sampler.graphs[size] is graph for size, graph in graphs.items())
 
 
+def test_a_sampler_that_is_dropped_leaves_the_graphs_of_the_others_whole(folder):
+    model = Qwen2.from_pretrained(folder, "cuda", "bf16")
+
+    def sampled(group_size):
+        return generate(model, random_batch()[0], group_size, 40, 1.0, seed=3).completions
+    sampled(4)
+    before = sampled(8)
+    (_, kept) = model.kept_samplers.values()
+    sampled(2)  # two are kept, so that the first goes
+    assert sampled(8) == before and kept in model.kept_samplers.values()
+
+
 def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(folder):
     model = Qwen2.from_pretrained(folder, "cuda", "bf16")
     g = torch.Generator().manual_seed(0)
