@@ -237,7 +237,8 @@ def pair_table(rows, of):
     for name, first, second in of:
         flags = EXPERIMENTS[name][first].split()
         given = {key: value for key, value in zip(flags, flags[1:]) if key.startswith("--")}
-        regime = f"{given['--epochs']} epochs, × {float(given['--learning-rate']) / RATE:g}"
+        epochs, times = int(given["--epochs"]), float(given["--learning-rate"]) / RATE
+        regime = f"{epochs} epoch{'s' * (epochs > 1)}, × {times:g}"
         regime += f", {given['--stale']} steps ago" if "--stale" in given else ""
         regime += ", noise" if "--noise" in given else ""
         pairs = [[values(rows, name, arm, key) for arm in (first, second)]
