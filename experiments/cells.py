@@ -86,6 +86,9 @@ EXPERIMENTS = {
     "stale": {f"{arm} | {steps} | {times}": ARMS[arm] + reuse(2, times)
               + (f" --stale {steps}" if steps else "")
               for steps, times in AGES for arm in FOUR},
+    "where": {f"{arm} | {steps} | {times}": ARMS[arm] + reuse(2, times)
+              + (f" --stale {steps}" if steps else "") + " --where --stop-after 20"
+              for steps, times in AGES for arm in ("clip ε 0.2", "noclip (α 0)")},
     "noise": {
         **{f"{arm} | fp32": ARMS[arm] + reuse(2, 1) for arm in NOISY},
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},

@@ -44,6 +44,9 @@ TABLES = {
     "alpha": [ACCURACY, NORM],
     "reuse": [ACCURACY, KL, REMOVED, NORM, LOST],
     "stale": [ACCURACY, ON_THE_WAY, on_the_way_too(KL), on_the_way_too(REMOVED), LOST],
+    "where": [("first tokens' share of the gradient (%)", "first_share", 100, 1),
+              ("of it a 0.2 clip removes (%)", "removed_first", 100, 1),
+              ("of other tokens' (%)", "removed_others", 100, 1)],
     "noise": [ACCURACY, ON_THE_WAY],
     "hopeless": [ACCURACY,
                  ("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
@@ -56,6 +59,7 @@ AGAINST = {  # which part of a cell's label is another in the cell compared with
     "alpha": [(0, "α 0")], "hopeless": [(0, "base model")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago", "rate ×"],
+    "where": ["arm", "steps ago", "rate ×"],
     "noise": ["arm", "log-probs"]}
 
 

@@ -1,8 +1,8 @@
 """One run of one cell: train it in a folder that goes away, test its last weights, keep a row.
 
 What it does    calls train.train with the cell's flags and evaluate.answer on the test problems.
-                Flags of its own: --stale and --noise put something in train.py's place,
-                --hopeless makes problems that cannot be solved.
+                Flags of its own: --stale and --noise put something in train.py's place, --where
+                looks on, --hopeless makes problems that cannot be solved.
 What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py;
                 cells with --replay or --live to replay.py.
 Where to fork   what a row holds: `run_cell`.
@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -44,6 +45,7 @@ def special_flags():
     add = parser.add_argument
     add("--stale", type=int, default=0, help="train on rollouts of the model so many steps ago")
     add("--noise", type=float, default=0.0, help="sd of what is added to log-probs, nats")
+    add("--where", action="store_true", help="record which tokens a clip takes its share from")
     add("--hopeless", action="store_true", help="train on problems whose gold no one gives")
     return parser
 
@@ -123,6 +125,23 @@ def watched(update, sd, generator, found):
     return watched_update
 
 
+def where_clipped(total):
+    """`policy_loss`, which adds to `total` the gradient's weight Σ w·|A|·r of the first token of
+    answers with A > 0 and of all other tokens, and what a clip at 0.2 takes of both."""
+    def watched_policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, *rest):
+        ratio_N = (logp_N - old_logp_N).detach().exp()
+        gradient_N = weight_N * advantage_N.abs() * ratio_N
+        removed_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.8) & (advantage_N < 0))
+        first_N = torch.ones_like(removed_N)
+        first_N[1:] = sequence_N[1:] != sequence_N[:-1]
+        first_N &= advantage_N > 0
+        for name, tokens_N in (("first", first_N), ("others", ~first_N)):
+            total["gradient_" + name] += gradient_N[tokens_N].sum().item()
+            total["removed_" + name] += gradient_N[tokens_N & removed_N].sum().item()
+        return policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, *rest)
+    return watched_policy_loss
+
+
 def noise_metrics(exact_M, rounded_M, advantage_M, weight_M):
     """Of log-ratios with and without rounding: its sd; for clips at 0.1 and 0.2 the share of tokens
     they would remove, the same without rounding, and the share of the gradient's weight Σ w·|A|·r
@@ -162,6 +181,7 @@ def run_cell(cell):
             flags += write_hopeless()
         s, folder = read_settings([*BASE.split(), *flags, "--seed", str(cell[1]), "--name", "run"])
         changed, generator = {}, torch.Generator().manual_seed(s.seed)
+        total = Counter()
         if special.stale:
             changed["sample_and_grade"] = stale(special.stale)
             changed["old_log_probs"] = old_log_probs_as_sampled
@@ -169,6 +189,8 @@ def run_cell(cell):
             changed["policy_loss"] = noisy(special.noise, generator)
         if special.noise or s.dtype == "bf16":
             changed["update"] = watched(train.update, special.noise, generator, rounding)
+        if special.where:
+            changed["policy_loss"] = where_clipped(total)
         for name, function in changed.items():
             changes.enter_context(mock.patch.object(train, name, function))
         try:
@@ -192,6 +214,11 @@ def run_cell(cell):
                          if "validation_accuracy" in seen]
     if special.hopeless and not failed:
         row |= what_was_learned(steps, samples, answers)
+    if special.where and not failed:
+        row |= {"first_share": total["gradient_first"] / (total["gradient_first"]
+                                                          + total["gradient_others"]),
+                **{"removed_" + name: total["removed_" + name] / total["gradient_" + name]
+                   for name in ("first", "others")}}
     return {**row, "failed": failed, "cpu_seconds": round(time.process_time() - began, 1)}
 
 

@@ -52,7 +52,7 @@ def test_every_cell_is_a_run_that_train_would_make():
             special, s = settings_of_cell(flags.removeprefix("--replay").removeprefix("--live"))
             assert s.threads == 1 and s.steps in (100, 200, 1), (name, label)
             seen |= {key for key, value in vars(special).items() if value}
-    assert seen == {"stale", "noise", "hopeless"}
+    assert seen == {"stale", "noise", "where", "hopeless"}
     stress = cells.EXPERIMENTS["stress"]
     assert len(set(stress.values())) == len(stress) == len(cells.ARMS)
     assert report.AGAINST.keys() <= cells.EXPERIMENTS.keys()
@@ -135,6 +135,27 @@ def test_stale_rollouts_are_those_of_the_model_so_many_steps_ago(monkeypatch):
         (1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 3), (8, 4)]
     assert [chosen for *_, chosen in seen] == [train.prompt_order(100, 2, n, 0)
                                                for n in range(1, 9)]
+
+
+def test_where_a_clip_takes_its_share_from():
+    total = runs.Counter()
+    ratio = torch.tensor([1.5, 1.5, 1.0, 0.5, 0.5, 2.0])  # two tokens, one, two and one
+    advantage = torch.tensor([1.0, 1.0, 2.0, -1.0, -1.0, 1.0])
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+    sequence = torch.tensor([0, 0, 1, 2, 2, 5])
+    arguments = (ratio.log(), torch.zeros(6), advantage, weight, sequence, objectives.noclip)
+    loss, log_ratio = runs.where_clipped(total)(*arguments)
+    assert loss == objectives.policy_loss(*arguments)[0] and log_ratio.equal(ratio.log())
+    # Σ w·|A|·r of tokens 0, 2 and 5: 1.5 + 2 + 1, the clip takes 0 and 5; of 1, 3, 4: all of it
+    assert total == pytest.approx({"gradient_first": 4.5, "removed_first": 2.5,
+                                   "gradient_others": 2.5, "removed_others": 2.5})
+
+
+def test_a_run_that_is_watched_is_the_same_run():
+    plain, watched = runs.run_cell((SMALL, 0)), runs.run_cell((SMALL + " --where", 0))
+    assert {**watched, **plain} | {"cpu_seconds": 0} == watched | {
+        "cpu_seconds": 0, "flags": SMALL}
+    assert 0 < watched["first_share"] < 1 and 0 <= watched["removed_first"] <= 1
 
 
 def test_the_ratios_of_stale_rollouts_are_to_the_model_that_sampled_them():
