@@ -226,7 +226,7 @@ class Qwen2(nn.Module):
             of M; the losses of all chunks are added, so it must be a weighted sum, not a mean.
         Returns logp_M and entropy_M (or None), fp32, nats, no grad.
         """
-        # torch compiles what needs a gradient apart: equal to the last bit is only one of the two
+        # compiled, a pass without gradient may be another kernel, equal only up to rounding
         with torch.set_grad_enabled(loss is not None or self.compiled):
             hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
             hidden_MC = hidden_NC.index_select(0, batch.predictor_M)

@@ -188,6 +188,11 @@ def kl_k3(logp_p, logp_q):
     return log_ratio.expm1() - log_ratio
 
 
+def clip_removes(ratio, advantage, epsilon=0.2):
+    """Where `clip` at this ε has no gradient, elementwise: bool."""
+    return ((ratio > 1 + epsilon) & (advantage > 0)) | ((ratio < 1 - epsilon) & (advantage < 0))
+
+
 @torch.no_grad()
 def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
     """What the importance ratios of N tokens look like: a dict of floats (the README's glossary).
@@ -198,9 +203,9 @@ def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     p1, p50, p99 = torch.quantile(ratio_N, torch.tensor([.01, .5, .99]).to(ratio_N)).tolist()
     outside_N = (ratio_N < 0.8) | (ratio_N > 1.2)
-    removed_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.8) & (advantage_N < 0))
     gradient_N = weight_N.double() * advantage_N.abs() * ratio_N
-    removed = gradient_N[removed_N].sum() / gradient_N.sum().clamp(min=1e-30)
+    removed = (gradient_N[clip_removes(ratio_N, advantage_N)].sum()
+               / gradient_N.sum().clamp(min=1e-30))
     return {"ratio_p1": p1, "ratio_p50": p50, "ratio_p99": p99,
             "ratio_outside": outside_N.double().mean().item(),
             "clip_removed": removed.item(),

@@ -343,8 +343,8 @@ def announce(s, run):
     state_bytes = 16 * n_parameters
     if s.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
-    if s.fsdp or s.dtype == "bf16":  # the copy that samples; else it shares the weights
-        state_bytes += (2 if s.dtype == "bf16" else 4) * n_parameters
+    # the copy that samples; fp32 in one process shares the weights
+    state_bytes += (2 if s.dtype == "bf16" else 4 if s.fsdp else 0) * n_parameters
     print(f"memory     {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW state and sampler's "
           f"copy of {n_parameters:,} parameters{', in each process' * s.fsdp}; {cache_gib:.2f} GiB "
           f"cache while sampling; activations of {s.tokens_per_microbatch:,} tokens on top")

@@ -50,7 +50,8 @@ ARMS = {
 }
 FOUR = ("clip ε 0.2", "noclip (α 0)", "pspo α 0.1", "log_pspo α 0.1")
 NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
-GRID = tuple((epochs, times) for epochs in (1, 2, 4, 8, 16) for times in (1, 3, 10))  # rate ×
+EPOCHS, TIMES = (1, 2, 4, 8, 16), (1, 3, 10)  # of the grid: passes over a rollout, rate ×
+FIFTH = 5  # "on the way" is at the end of the first of so many parts of a run
 AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, rate ×
 
 
@@ -62,6 +63,11 @@ def seeds(name):
 def reuse(epochs, times):
     """Flags for so many passes over a rollout and so many times the learning rate."""
     return f" --epochs {epochs} --learning-rate {RATE * times:g}"
+
+
+def stale(arm, steps, times):
+    """Flags for an arm with 2 epochs and rollouts of so many steps ago."""
+    return ARMS[arm] + reuse(2, times) + (f" --stale {steps}" if steps else "")
 
 
 # name -> {label of a cell: flags}
@@ -83,11 +89,9 @@ EXPERIMENTS = {
     "alpha": {"α 0": ARMS["noclip (α 0)"] + reuse(2, 1), **{
         f"α {alpha}": (ARMS["pspo α 0.1"] if alpha == 0.1 else f"--objective pspo --alpha {alpha}")
         + reuse(2, 1) for alpha in ALPHAS}},
-    "stale": {f"{arm} | {steps} | {times}": ARMS[arm] + reuse(2, times)
-              + (f" --stale {steps}" if steps else "")
+    "stale": {f"{arm} | {steps} | {times}": stale(arm, steps, times)
               for steps, times in AGES for arm in FOUR},
-    "where": {f"{arm} | {steps} | {times}": ARMS[arm] + reuse(2, times)
-              + (f" --stale {steps}" if steps else "") + " --where --stop-after 20"
+    "where": {f"{arm} | {steps} | {times}": stale(arm, steps, times) + " --where --stop-after 20"
               for steps, times in AGES for arm in ("clip ε 0.2", "noclip (α 0)")},
     "noise": {
         **{f"{arm} | fp32": ARMS[arm] + reuse(2, 1) for arm in NOISY},
@@ -100,5 +104,5 @@ EXPERIMENTS = {
         "paper's reward, A not scaled": "--hopeless --reward paper --advantage-scale none",
         "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
-              for epochs, times in GRID for arm in FOUR},
+              for epochs in EPOCHS for times in TIMES for arm in FOUR},
 }

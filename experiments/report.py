@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments.cells import AGES, ALPHAS, EXPERIMENTS, FOUR, GRID, RATE, seeds
+from experiments.cells import AGES, ALPHAS, EPOCHS, EXPERIMENTS, FIFTH, FOUR, RATE, TIMES, seeds
 from intervals import over_seeds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -18,7 +18,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def on_the_way(row):
     """Validation accuracy after a fifth of the run's steps."""
     accuracy = dict(map(tuple, row["validation"]))
-    return None if row["failed"] else accuracy[max(accuracy) // 5]
+    return None if row["failed"] else accuracy[max(accuracy) // FIFTH]
 
 
 # header, key of a row (or a function of it), factor, digits
@@ -66,8 +66,8 @@ LABELS = {  # what the parts of a cell's label are, where there are several
 # ------------------------------------------------------------------ numbers of cells
 
 def values(rows, name, label, key="test_strict"):
-    """{seed: value} of a cell, by key or by a function of the row; seeds without it left out, those
-    that another experiment ran of this cell not."""
+    """{seed: value} of a cell, by key or by a function of the row; seeds without it left out. Those
+    count, too, that another experiment with the same cell has made."""
     get = key if callable(key) else lambda row: row.get(key)
     flags = EXPERIMENTS[name][label]
     found = {row["seed"]: get(row) for row in rows if row["flags"] == flags}
@@ -113,23 +113,21 @@ def table(rows, name):
     """The table of an experiment, a line for each of its arms, or one of OWN_TABLES."""
     if name in OWN_TABLES:
         return OWN_TABLES[name](rows)
-    labels, against = LABELS.get(name, ["arm"]), AGAINST.get(name, [])
-    header = [*labels, "seeds"]
-    for column in TABLES[name]:
-        header.append(column[0])
-        if column in COMPARED:
-            header += [f"above {other} (points)" for _, other in against]
+    columns = [(*column, AGAINST.get(name, []) if column in COMPARED else [])
+               for column in TABLES[name]]
+    header = [*LABELS.get(name, ["arm"]), "seeds"]
+    for title, *_, against in columns:
+        header += [title, *(f"above {other} (points)" for _, other in against)]
     lines = []
     for label in EXPERIMENTS[name]:
         parts = label.split(" | ")
         failed = sum(values(rows, name, label, lambda row: bool(row.get("failed"))).values())
         n = len(values(rows, name, label, "flags"))
         line = [*parts, f"{n}, {failed} failed" if failed else n]
-        for column in TABLES[name]:
-            _, key, factor, digits = column
+        for _, key, factor, digits, against in columns:
             x = values(rows, name, label, key)
             line.append(in_numbers(x.values(), factor, digits))
-            for i, part in against if column in COMPARED else ():
+            for i, part in against:
                 other = " | ".join([*parts[:i], part, *parts[i + 1:]])
                 line.append("" if label == other else
                             difference(x, values(rows, name, other, key)))
@@ -196,13 +194,11 @@ def rate_table(rows):
     def own(arm, epochs, times, key="test_strict"):
         found = values(rows, "reuse", f"{arm} | {epochs} | {times}", key)
         return {seed: x for seed, x in found.items() if seed in seeds("reuse")}
-    labels = [label.split(" | ") for label in EXPERIMENTS["reuse"]]
     lines = []
-    for epochs in dict.fromkeys(epochs for _, epochs, _ in labels):
+    for epochs in EPOCHS:
         best = {}
         for arm in FOUR:
-            found = {times: x for a, e, times in labels if (a, e) == (arm, epochs) and (
-                x := own(a, e, times, last_validation))}
+            found = {times: x for times in TIMES if (x := own(arm, epochs, times, last_validation))}
             if found:
                 best[arm] = max(found, key=lambda times: statistics.fmean(found[times].values()))
         tests = {arm: own(arm, epochs, times) for arm, times in best.items()}
@@ -229,7 +225,8 @@ def cost(rows):
 # pairs of arms that are compared with each other: experiment, first, second
 NULL = [(name, "pspo α 0.1" + rest, "noclip (α 0)" + rest) for name, rest in (
     *(("stale", f" | {steps} | {times}") for steps, times in AGES), ("noise", " | noise"),
-    *(("reuse", f" | {epochs} | {times}") for epochs, times in GRID if epochs != 2))]
+    *(("reuse", f" | {epochs} | {times}") for epochs in EPOCHS for times in TIMES
+      if epochs != 2))]
 OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"),
           ("stress", "pspo α 0.5", "sapo"), ("stress", "pspo α 0.5", "scopic τ 4"),
           ("stress", "log_pspo α 0.5", "cispo r ≤ 2"), ("stress", "log_pspo α 0.5", "scopic τ 4")]
@@ -345,17 +342,13 @@ def draw_replay(rows, plt):
 
 def draw_reuse(rows, plt):
     """Accuracy against epochs, a panel for each learning rate, a line for each arm."""
-    labels = [label.split(" | ") for label in EXPERIMENTS["reuse"]]
-    rates = list(dict.fromkeys(times for *_, times in labels))
-    every = sorted({int(epochs) for _, epochs, _ in labels})
-    figure, axes = plt.subplots(1, len(rates), figsize=(10, 3.6), sharey=True,
+    figure, axes = plt.subplots(1, len(TIMES), figsize=(10, 3.6), sharey=True,
                                 layout="constrained")
-    for axis, times in zip(axes, rates):
+    for axis, times in zip(axes, TIMES):
         for arm, style in zip(FOUR, STYLES):
-            found = [values(rows, "reuse", f"{arm} | {n} | {times}").values()
-                     if [arm, str(n), times] in labels else () for n in every]
-            errorbar(axis, range(len(every)), [list(x) for x in found], arm, style, 0.06)
-        axis.set(xticks=range(len(every)), xticklabels=map(str, every), ylim=(0, 1.02),
+            found = [list(values(rows, "reuse", f"{arm} | {n} | {times}").values()) for n in EPOCHS]
+            errorbar(axis, range(len(EPOCHS)), found, arm, style, 0.06)
+        axis.set(xticks=range(len(EPOCHS)), xticklabels=map(str, EPOCHS), ylim=(0, 1.02),
                  title=f"learning rate × {times}", xlabel="epochs per rollout")
         axis.grid(axis="y", color="0.9")
     axes[0].set_ylabel("greedy strict accuracy")

@@ -24,15 +24,14 @@ import torch
 import train
 from checkpoint import checkpoints, read_rows
 from evaluate import answer, summarise
-from experiments.cells import BASE
+from experiments.cells import BASE, FIFTH
 from model import Qwen2
-from objectives import policy_loss
+from objectives import clip_removes, policy_loss
 from rewards import load_problems
 from settings import read_settings
 from train import old_log_probs
 
 LAST = 10  # steps at the end of a run whose metrics are averaged
-ON_THE_WAY = 5  # the first of so many parts of a run, whose metrics are averaged too
 MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entropy", "length_mean",
          "truncated", "reward_mean", "effective_sample_size"]
 WATCHED = 10  # every so many steps rounding is measured
@@ -102,22 +101,18 @@ def watched(update, sd, generator, found):
     """`update`, which every so many steps, after its last optimizer step, also computes the new
     ratios exactly, in fp32 and without noise; appends to `found` what clips at 0.1 and 0.2 would
     take of both."""
-    def exact(run, s, micros):
-        return torch.cat([train.exact_log_probs(run.model, micro, s.temperature)
-                          for micro in micros])
-
-    def rounded(run, s, micros):
-        return torch.cat([run.model.completion_log_probs(micro.batch, s.temperature)[0]
-                          for micro in micros])
-
     def watched_update(run, minibatches, s):
         micros = [micro for minibatch in minibatches for micro in minibatch]
         if (run.step + 1) % WATCHED or not micros:
             return update(run, minibatches, s)
-        before_M = exact(run, s, micros)
+
+        def exact():
+            return torch.cat([train.exact_log_probs(run.model, m, s.temperature) for m in micros])
+        before_M = exact()
         seen = update(run, minibatches, s)
-        exact_M = exact(run, s, micros) - before_M
-        rounded_M = rounded(run, s, micros) - torch.cat([m.old_logp_M for m in micros])
+        exact_M = exact() - before_M
+        rounded_M = torch.cat([run.model.completion_log_probs(m.batch, s.temperature)[0]
+                               - m.old_logp_M for m in micros])
         rounded_M += sd * torch.randn(rounded_M.shape, generator=generator)
         found.append(noise_metrics(exact_M, rounded_M, torch.cat([m.advantage_M for m in micros]),
                                    torch.cat([m.weight_M for m in micros])))
@@ -131,7 +126,7 @@ def where_clipped(total):
     def watched_policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, *rest):
         ratio_N = (logp_N - old_logp_N).detach().exp()
         gradient_N = weight_N * advantage_N.abs() * ratio_N
-        removed_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.8) & (advantage_N < 0))
+        removed_N = clip_removes(ratio_N, advantage_N)
         first_N = torch.ones_like(removed_N)
         first_N[1:] = sequence_N[1:] != sequence_N[:-1]
         first_N &= advantage_N > 0
@@ -150,9 +145,7 @@ def noise_metrics(exact_M, rounded_M, advantage_M, weight_M):
                "moved_sd": exact_M.std().item()}
     gradient_M = weight_M * advantage_M.abs() * exact_M.exp()
     for limit in (0.1, 0.2):
-        removed, wanted = (((x.exp() > 1 + limit) & (advantage_M > 0)
-                            | (x.exp() < 1 - limit) & (advantage_M < 0))
-                           for x in (rounded_M, exact_M))
+        removed, wanted = (clip_removes(x.exp(), advantage_M, limit) for x in (rounded_M, exact_M))
         metrics |= {f"removed_{limit}": removed.double().mean().item(),
                     f"removed_exact_{limit}": wanted.double().mean().item(),
                     f"lost_{limit}": (gradient_M[removed & ~wanted].sum()
@@ -209,7 +202,7 @@ def run_cell(cell):
         row |= {"test_" + key: summarise(answers, 1)[key] for key in ("strict", "flexible")}
         row |= {key: metrics[-1].get(key) for key in ("optimizer_steps", "skipped_steps")}
         row |= means(steps[-LAST:], MEANS) | means(rounding, rounding[0] if rounding else [])
-        row["on_the_way"] = means(steps[:len(steps) // ON_THE_WAY], MEANS)
+        row["on_the_way"] = means(steps[:len(steps) // FIFTH], MEANS)
     row["validation"] = [[seen["step"], seen["validation_accuracy"]] for seen in metrics
                          if "validation_accuracy" in seen]
     if special.hopeless and not failed:

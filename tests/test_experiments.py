@@ -294,6 +294,14 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
         entry.recorded(path)
 
 
+def test_bf16_runs_come_last_and_the_others_seed_by_seed():
+    todo = entry.missing(list(cells.EXPERIMENTS), [])
+    bf16 = [seed for flags, seed in todo if "bf16" in flags]
+    others = [seed for flags, seed in todo if "bf16" not in flags]
+    assert [seed for _, seed in todo] == others + bf16 and len(bf16) == 10
+    assert others == sorted(others) and bf16 == sorted(bf16)
+
+
 def test_rows_are_made_by_functions_that_other_processes_find():
     assert entry.runner(("--live", 0)).__module__ == "experiments.replay"
     assert entry.runner((SMALL, 0)).__module__ == "experiments.run"
@@ -323,6 +331,7 @@ def test_a_table_says_what_the_rows_say(monkeypatch):
              "skipped_steps": 2, "failed": None}
             for flags, values in (("a", [0.5, 0.6, 0.7]), ("b", [0.4, 0.6]))
             for seed, x in enumerate(values)]
+    rows.append({**rows[0], "flags": "a b", "test_strict": 0.0})  # no cell of this experiment
     # sd 0.1; the interval of three runs: 0.6 ± 4.3027·0.1/√3 = 0.3516 … 0.8484
     assert statistics.stdev([0.5, 0.6, 0.7]) == pytest.approx(0.1)
     # B − A of the seeds both have: −10 and 0; −5 ± 12.7062·√50/√2 = −68.5 … 58.5

@@ -139,7 +139,8 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
     assert all(map(torch.equal, run.model.parameters(), before)) and not run.optimizer.state
 
     for e, expected, words in (
-            (torch.OutOfMemoryError("no room"), ValueError, "lower --tokens-per-microbatch .* "),
+            (torch.OutOfMemoryError("no room"), ValueError,
+             "lower --tokens-per-microbatch .* --checkpoint-activ"),
             (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), ValueError, "lower"),
             (RuntimeError("another"), RuntimeError, "^another$")):
         def fails(*arguments):
@@ -324,7 +325,7 @@ def test_an_advantage_reaches_every_token_of_its_own_completion():
     assert seen == list(zip(rollout.completions, advantage_PG.flatten().tolist()))
 
 
-def test_exact_log_probs_are_not_tf32_and_leave_the_setting(monkeypatch):
+def test_exact_log_probs_are_not_tf32_and_leave_the_setting():
     precisions = []
     model = SimpleNamespace(compute_dtype=torch.bfloat16, completion_log_probs=lambda *_: (
         precisions.append((model.compute_dtype, torch.get_float32_matmul_precision())), None))
