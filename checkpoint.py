@@ -9,6 +9,7 @@ Where to fork   another store (a bucket, a second disk): `save_checkpoint` and `
 runs/<name>/checkpoints/step_N/ holds a model folder, trainer.pt and checksums.json, the SHA-256 of
 every other file, which is written last. A folder under another name is unfinished.
 """
+import fcntl
 import hashlib
 import json
 import os
@@ -19,11 +20,6 @@ from pathlib import Path
 import torch
 
 from model import hash_file, read_json, write_json, write_whole
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 SUMS = "checksums.json"
 
@@ -75,12 +71,14 @@ def copy_model(checkpoint, folder):
     flush(folder)
 
 
-def set_aside(path):
-    """Keep a folder or file under another name, best.1, best.2, …, and say so."""
+def set_aside(path, move=True):
+    """Keep a folder or file, or without `move` a copy of a folder, under another name, best.1,
+    best.2, …, and say so."""
     if path.exists():
         n = 1 + sum(p.name[len(path.name) + 1:].isdigit() for p in path.parent.glob(
             f"{path.name}.*"))
-        kept = path.rename(path.with_name(f"{path.name}.{n}"))
+        kept = path.with_name(f"{path.name}.{n}")
+        path.rename(kept) if move else shutil.copytree(path, kept)
         print(f"warning    {path} may be of a step that is lost; it is kept as {kept}",
               file=sys.stderr)
 
@@ -191,8 +189,7 @@ def locked(path, why_not):
     process has it."""
     lock = open(path, "ab")
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise OSError(why_not) from e
     return lock

@@ -6,7 +6,8 @@ What it does    samples answers with rollout.py, grades them with rewards.py, an
 What it leaves  sampling to rollout.py, what is correct to rewards.py, opinions to judge.py,
                 statistics to intervals.py.
 Run it alone    python evaluate.py tiny runs/tiny-pspo-s0/best --data tiny
-Where to fork   a measure of style is a line in `style` and one in STYLE; a scorer, one in SCORES.
+Where to fork   a measure of style is a line in `style` and one in STYLE; a scorer is
+                one of rewards.py.
                 Answers on disk are graded anew each time, so neither costs any sampling.
 
 A *cell* is one model on one set at one temperature; its *rows* are one dict for each answer.
@@ -51,16 +52,15 @@ from model import (
     read_json,
     write_whole,
 )
-from rewards import build_prompt, extract_answer, has_format, is_correct
+from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
-SCORES = ("strict", "flexible", "paper", "math")  # math: of sets with LaTeX answers
 STYLE = {  # measure of one answer: (heading, format); README defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
     "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}
 JUDGED = {f"judge_{aspect}": (f"judge: {aspect}", ".2f") for aspect in judge.ASPECTS}
-YES_OR_NO = (*SCORES, "format", "leakage")  # measures that are true or false of an answer
+YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false of an answer
 CHUNK = 6  # chosen: answers are kept in chunks of 6 × the rows in flight; a kill costs one chunk
 
 
@@ -116,7 +116,7 @@ def measure(rows, problems):
     for row in tqdm(rows, desc="grading", unit="answer", leave=False, delay=2):
         problem, text, finished = by_id[row["problem"]], row["text"], row["finished"]
         row |= {key: is_correct(text, problem.gold, key, finished)
-                for key in SCORES if key != "math" or latex}
+                for key in SCORERS if key != "math" or latex}
         row |= {"gold": problem.gold, "format": has_format(text, finished, problem.gold),
                 "answer": extract_answer(text, "flexible", finished, problem.kind), **style(text)}
     return rows
@@ -255,8 +255,7 @@ def summarise(rows, samples):
     n = len(rows)
     summary = {"n_problems": n // samples, "samples": samples,
                **{key: sum(r[key] for r in rows) / n for key in ("strict", "flexible", "format")},
-               "truncated": sum(not r["finished"] for r in rows) / n,
-               "mean_tokens": sum(r["n_tokens"] for r in rows) / n}
+               "truncated": sum(not r["finished"] for r in rows) / n}
     groups = [rows[i:i + samples] for i in range(0, n, samples)]
     correct = [sum(r["flexible"] for r in group) for group in groups]
     k = 1
@@ -273,7 +272,7 @@ def full_summary(rows, samples):
     interval; not those without values, as arithmetic without statements."""
     summary = summarise(rows, samples)
     summary["judged"] = sum(next(iter(JUDGED)) in row for row in rows)
-    for key in (*SCORES, "format", *STYLE, *JUDGED):
+    for key in (*SCORERS, "format", *STYLE, *JUDGED):
         values = [v for v in by_problem(rows, key) if v is not None]
         if values:
             interval = interval_of(values) if key in YES_OR_NO else bootstrap(values)
@@ -298,7 +297,7 @@ def seed_summaries(summaries):
     for (name, data, temperature), group in groups.items():
         if len(group) > 1:
             row = {"model": name, "data": data, "temperature": temperature, "runs": len(group)}
-            for key in SCORES:
+            for key in SCORERS:
                 if key in group[0]:
                     row[key], interval = over_seeds([s[key] for s in group])
                     row[f"{key}_interval"] = interval and (max(interval[0], 0.0),
@@ -341,8 +340,9 @@ def compare(a_runs, b_runs, key):
 
 # ------------------------------------------------------------------ tables and the figure
 
-def cell(key, form="s"):
-    """Formats a value of a row, with its interval where it has one: 92.0% [87.4, 95.0]."""
+def column(key, form="s"):
+    """What formats a row's value of this key, with its interval where there is one: 92.0% [87.4,
+    95.0]."""
     def text(row):
         value, interval = row.get(key), row.get(f"{key}_interval")
         if value is None:
@@ -354,7 +354,7 @@ def cell(key, form="s"):
     return text
 
 
-WHICH = {"model": cell("model"), "data": cell("data"), "T": cell("temperature", "g")}
+WHICH = {"model": column("model"), "data": column("data"), "T": column("temperature", "g")}
 
 
 def table(rows, columns):
@@ -370,20 +370,20 @@ def table(rows, columns):
 def score_table(summaries):
     ks = sorted(int(key[5:]) for key in {key for s in summaries for key in s if "@" in key})
     return table(summaries, {
-        **WHICH, "n": cell("n_problems", "d"), "samples": cell("samples", "d"),
-        **{key: cell(key, ".1%") for key in SCORES}, "format": cell("format", ".1%"),
-        "cut": cell("truncated", ".1%"), "majority": cell("majority", ".1%"),
-        **{f"pass@{k}": cell(f"pass@{k}", ".1%") for k in ks if k > 1}})  # pass@1 is flexible
+        **WHICH, "n": column("n_problems", "d"), "samples": column("samples", "d"),
+        **{key: column(key, ".1%") for key in SCORERS}, "format": column("format", ".1%"),
+        "cut": column("truncated", ".1%"), "majority": column("majority", ".1%"),
+        **{f"pass@{k}": column(f"pass@{k}", ".1%") for k in ks if k > 1}})  # pass@1 is flexible
 
 
 def measure_table(summaries, measures):
-    return table(summaries, {**WHICH, **{heading: cell(key, form)
+    return table(summaries, {**WHICH, **{heading: column(key, form)
                                          for key, (heading, form) in measures.items()}})
 
 
 def seed_table(seeds):
-    return table(seeds, {**WHICH, "runs": cell("runs", "d"),
-                         **{key: cell(key, ".1%") for key in SCORES}})
+    return table(seeds, {**WHICH, "runs": column("runs", "d"),
+                         **{key: column(key, ".1%") for key in SCORERS}})
 
 
 def p_value(row):
@@ -401,11 +401,11 @@ def comparison_table(comparisons):
         ends = [format(x, row["form"]) for x in row["interval"] or ()]
         return f"[{', '.join(ends)}]" if ends else ""
     shown = [c for c in comparisons
-             if c["measure"] in SCORES or c["difference"] or c["interval"] not in (None, (0, 0))]
+             if c["measure"] in SCORERS or c["difference"] or c["interval"] not in (None, (0, 0))]
     return table(shown, {
-        "data": cell("data"), "T": cell("temperature", "g"), "measure": cell("measure"),
+        "data": column("data"), "T": column("temperature", "g"), "measure": column("measure"),
         "A": number("a"), "B": number("b"), "B − A": number("difference", "+"),
-        "95 % interval": interval, "p": p_value, "verdict": cell("verdict")})
+        "95 % interval": interval, "p": p_value, "verdict": column("verdict")})
 
 
 def draw_accuracy(summaries, path):
@@ -491,7 +491,7 @@ def fill(path, settings, problems, model, room, args, progress):
     expected = [(p.id, g) for p in problems for g in range(samples)]
     with locked(path, f"{path} is being written by another evaluation"):
         rows, end = read_answers(path, settings, expected, per_chunk * samples)
-        n_lost = path.read_bytes()[end:].count(b"\n") - (not end)
+        n_lost = path.read_bytes()[end:].count(b"\n") - (not end)  # the first line: settings
         if n_lost >= per_chunk * samples:  # more than a killed process leaves
             kept = path.with_name(path.name + ".damaged")
             shutil.copy(path, kept)
@@ -656,7 +656,7 @@ def verdicts(args, comparisons):
     """One line for each set and temperature: what the comparison of accuracies shows."""
     lines = []
     for c in comparisons:
-        if c["measure"] in SCORES:
+        if c["measure"] in SCORERS:
             between = "" if c["interval"] is None else " [{:+.1f}, {:+.1f}]".format(
                 *(100 * x for x in c["interval"]))
             p = f", p {p_value(c)}" if c["p"] is not None else ""

@@ -87,15 +87,18 @@ LEAST_P = 1 / (1 + N_FLIPS)
 
 
 def sign_flips(differences, n_flips=N_FLIPS):
-    """Two-sided p of paired differences: how often random signs give as large a sum; McNemar's
-    where all are −1, 0 or 1. A bootstrap alone calls four differences out of four significant."""
+    """Two-sided p of paired differences: how often other signs give as large a sum. All signs are
+    counted for up to 12 differences, else random ones; McNemar's where all are −1, 0 or 1.
+    A bootstrap alone calls four differences out of four significant."""
     d = torch.tensor([x for x in differences if x], dtype=torch.float64)
     if set(d.abs().tolist()) <= {1.0}:
         return mcnemar((d < 0).sum().item(), (d > 0).sum().item())
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(2, (n_flips, len(d)), generator=generator).double() * 2 - 1
-    as_large = ((signs @ d).abs() >= d.sum().abs() - 1e-9).sum().item()
-    return (1 + as_large) / (1 + n_flips)
+    generator, n = torch.Generator().manual_seed(0), len(d)
+    bits = (torch.arange(2**n)[:, None] >> torch.arange(n) & 1 if n <= 12 else
+            torch.randint(2, (n_flips, n), generator=generator))
+    as_large = ((bits.double() * 2 - 1) @ d).abs() >= d.sum().abs() - 1e-9
+    return as_large.double().mean().item() if n <= 12 else (
+        (1 + as_large.sum().item()) / (1 + n_flips))
 
 
 def verdict(interval, p=None):

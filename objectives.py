@@ -12,7 +12,7 @@ In the formulas r = π_θ(token)/π_old(token) is the importance ratio, A the ad
 
 Deviations from the paper (arXiv:2509.21282) and its released recipe:
   1. The ratio is formed from log-probabilities, and the log-ratio clamped at ±20 before `exp`:
-     nothing else bounds r in PSPO. Clamped tokens are counted.
+     nothing else bounds r in PSPO. Tokens whose own ratio is clamped are counted.
   2. A group whose rewards are all equal gets advantages of exactly 0, not rounding over 1e-4.
 
 Axis letters: P prompts, G completions per prompt, B = P·G, N completion tokens end to end (these

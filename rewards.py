@@ -7,7 +7,7 @@ objectives.py, accuracies over a data set are evaluate.py's. torch is never impo
 Run alone (`python rewards.py [name or file …]`), it shows one problem of each set it can reach and
 a prompt as text, then grades every line that you type against the first problem shown.
 Where to fork it: a new data set is one line in `SETS`; a new way to grade is one branch in
-`is_correct`; a new reward is one branch in `reward`.
+`is_correct` and its name in SCORERS; a new reward is one branch in `reward` and its name in MODES.
 
 A completion is hostile input: it is searched with linear-time patterns and compared as exact
 decimals, never evaluated. LaTeX goes through math-verify in a process of its own, which ends
@@ -34,7 +34,7 @@ LATEX_LIMIT_S = 0.6  # for one comparison, chosen: with the start of a new proce
 # it stays within a second; MATH-500's slowest needs 0.15. What takes longer counts as wrong.
 EXACT = Context(prec=10 * LONGEST)  # products of numbers of LONGEST digits are not rounded
 FORMAT_BONUS = 0.05  # the authors' value
-SCORERS = ("strict", "flexible", "paper", "math")
+SCORERS = ("strict", "flexible", "paper", "math")  # math: of sets with LaTeX answers
 MODES = ("correct", "paper", "noise")
 
 
@@ -88,6 +88,12 @@ def load_problems(name_or_path, split="test"):
     return problems
 
 
+def source_of(name_or_path):
+    """The Source of a set, by its name here or on the hub; None for anything else."""
+    return SETS.get(name_or_path) or next(
+        (source for source in SETS.values() if source.repo == name_or_path), None)
+
+
 def report_dropped(name_or_path, split, n_problems, dropped):
     """Say how many problems were left out beside n_problems; dropped: as of `read_problems`."""
     examples = ", ".join(repr(gold[:40]) for _, gold in dropped[:3])
@@ -97,10 +103,11 @@ def report_dropped(name_or_path, split, n_problems, dropped):
 
 def read_problems(name_or_path, split="test"):
     """As `load_problems`, but silent: returns (problems, dropped), dropped a list of (id, gold)."""
-    name = next((n for n, s in SETS.items() if s.repo == name_or_path), str(name_or_path))
+    name, known = str(name_or_path), source_of(name_or_path)
     columns, answer_column, other_is_latex = ["question"], "answer", False
-    if name in SETS:
-        repo, config, splits, columns, answer_column, other_is_latex = SETS[name]
+    if known:
+        name = next(n for n in SETS if SETS[n] is known)
+        repo, config, splits, columns, answer_column, other_is_latex = known
         if split not in splits:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
         source = f"{repo} ({splits[split]})" if repo else TINY / f"{split}.jsonl"

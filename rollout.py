@@ -29,6 +29,7 @@ from tqdm import tqdm
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
+REFILL = 16  # chosen: 1/16 of the places are filled together, so that new prompts are, too
 LENGTH_STEP = 32  # chosen, on CUDA: graphs are captured for cached lengths of 32, 64, 96, … tokens
 SORT_BELOW = 0.9  # chosen: a smaller top-p sorts; from here on 8 draws almost always suffice:
 MAX_DRAWS = 8  # each misses the nucleus with probability ≤ 0.1, all of them with ≤ 1e-8
@@ -505,8 +506,7 @@ class Sampler:
         self.free_prompts = list(range(self.attention.n_prompts))[::-1]
         self.n_collected, lengths = 0, [0] * len(self.places)
         while self.waiting or self.row_at:
-            # several at once: their prompts are computed together
-            if self.waiting and len(self.free) * 16 >= len(self.places):
+            if self.waiting and len(self.free) >= len(self.places) / REFILL:
                 self.admit(prompts, keys, seed, step, lengths)
             running = [lengths[i] for i in self.row_at]
             n_steps = min(LOOK_EVERY, self.T - min(running))

@@ -76,7 +76,7 @@ def make_parser():
     add("--adam-epsilon", type=float, default=1e-8, help="in AdamW's divisor, > 0")
     add("--learning-rate", type=float, default=5e-7, help="peak")
     add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient-norm limit, > 0; inf: none")
     add("--validation-problems", type=int, default=473, help="held out, unless the set has its own")
     add("--validation-samples", type=int, default=4, help="answers per validation problem")
     add("--validate-every", type=int, default=50, help="steps; best/ is the best of these")
@@ -109,7 +109,8 @@ def read_settings(argv):
     """(settings, run folder): defaults, then the preset or the resumed run's, then given flags."""
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    # Parsed again over a mark: where it stays, the flag was not given.
+    # Parsed again into a namespace full of a mark (the parser: no flag can be that): where the mark
+    # stays, the flag was not given.
     marked = argparse.Namespace(**dict.fromkeys(defaults, parser))
     given = vars(parser.parse_args(argv, marked))
     given = {key: value for key, value in given.items() if value is not parser}
@@ -204,7 +205,10 @@ def check_settings(parser, s, given):
         parser.error("--wandb needs the package wandb: pip install wandb")
     if not 0 < s.adam_epsilon < math.inf:
         parser.error(f"--adam-epsilon is {s.adam_epsilon}; expected a finite value above 0")
-    for key in ("learning_rate", "max_grad_norm", "beta", "warmup_steps", "test_problems"):
+    if not s.max_grad_norm > 0:
+        parser.error(f"--max-grad-norm is {s.max_grad_norm}; expected a value above 0, or inf for "
+                     "no limit")
+    for key in ("learning_rate", "beta", "warmup_steps", "test_problems"):
         if not 0 <= getattr(s, key) < math.inf:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more, "
                          "finite")

@@ -156,13 +156,6 @@ def test_nothing_bounds_the_ratio_of_the_policy_that_generates():
         assert gradient(clip, r, a).item() == 0
 
 
-def weight_on_log_prob(objective, ratio, advantage):
-    """What multiplies ∇log π: ∂objective/∂r · r, by finite differences of the value in log r."""
-    step = 1e-5
-    up, down = (objective(ratio * math.exp(h), advantage) for h in (step, -step))
-    return (up - down) / (2 * step)
-
-
 def test_cispo_bounds_the_weight_and_keeps_every_gradient():
     ratio, advantage = tensor(0.25, 1.0, 3.0, 8.0, 8.0), tensor(2.0, 2.0, 2.0, 2.0, -1.0)
     # ∂/∂log π = min(r, 5)·A; `gradient` is ∂/∂r, which is that divided by r

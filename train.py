@@ -66,7 +66,7 @@ from objectives import (
     ratio_diagnostics,
     reduction_weights,
 )
-from rewards import SETS, build_prompt, load_problems, reward
+from rewards import build_prompt, load_problems, reward, source_of
 from rollout import FlatBatch, Rollout, flat_batch, generate
 from settings import chosen_objective, read_settings
 
@@ -234,14 +234,14 @@ def update_metrics(seen, minibatches, s):
     """Metrics over the tokens that all processes trained on; none where every group was equal."""
     everything = [micro for minibatch in minibatches for micro in minibatch]
 
-    def whole(tensors):
+    def of_all(tensors):
         mine = torch.cat(tensors).cpu() if tensors else torch.empty(0)
         return torch.cat(parallel.gather(mine))
-    old_M = whole([micro.old_logp_M for micro in everything])
-    sampler_M = whole([micro.sampler_logp_M for micro in everything])
-    advantage_M = whole([micro.advantage_M for micro in everything])
-    weight_M = whole([micro.weight_M for micro in everything])
-    log_ratio_M, entropy_M, kl_M = map(whole, (seen.log_ratios, seen.entropies, seen.kls))
+    old_M = of_all([micro.old_logp_M for micro in everything])
+    sampler_M = of_all([micro.sampler_logp_M for micro in everything])
+    advantage_M = of_all([micro.advantage_M for micro in everything])
+    weight_M = of_all([micro.weight_M for micro in everything])
+    log_ratio_M, entropy_M, kl_M = map(of_all, (seen.log_ratios, seen.entropies, seen.kls))
     if not len(old_M):
         return {}
     gap_M, norms = (old_M - sampler_M).abs(), torch.stack(seen.norms)
@@ -330,8 +330,12 @@ def announce(s, run):
     c = run.model.config
     kv_bytes = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]
     kv_bytes *= 2 if s.dtype == "bf16" else 4
-    longest, rows = max(map(len, run.prompts)), min(s.rollout_rows, P * G)
-    cache_gib = kv_bytes * (rows * s.max_new_tokens + rows / G * longest) / 2**30
+    longest = max(map(len, run.prompts))
+
+    def cache_gib(n_prompts, samples):  # what `sampler_for` makes room for
+        rows = min(s.rollout_rows, n_prompts * samples)
+        n_prompts = min(n_prompts, 2 * -(-rows // samples))
+        return kv_bytes * (rows * s.max_new_tokens + n_prompts * longest) / 2**30
     optimizer_steps = s.epochs * s.minibatches
     print(f"data       {len(run.problems)} training problems, {len(run.validation)} for "
           f"validation; prompts of at most {longest} tokens")
@@ -340,14 +344,17 @@ def announce(s, run):
           f"minibatches = {optimizer_steps} optimizer steps")
     print(f"run        {s.steps} steps = {s.steps * optimizer_steps} optimizer steps, "
           f"{s.steps * P / len(run.problems):.2f} passes over the training problems")
-    state_bytes = 16 * n_parameters
+    state_bytes = (16 if s.optimizer == "adamw" else 8) * n_parameters
     if s.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
-    # the copy that samples; fp32 in one process shares the weights
-    state_bytes += (2 if s.dtype == "bf16" else 4 if s.fsdp else 0) * n_parameters
-    print(f"memory     {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW state and sampler's "
-          f"copy of {n_parameters:,} parameters{', in each process' * s.fsdp}; {cache_gib:.2f} GiB "
-          f"cache while sampling; activations of {s.tokens_per_microbatch:,} tokens on top")
+    # the copy that samples, which fp32 in one process shares with training; the reference
+    copies = ["sampler's copy"] * (s.dtype == "bf16" or s.fsdp) + ["reference"] * (s.beta > 0)
+    state_bytes += len(copies) * (2 if s.dtype == "bf16" else 4) * n_parameters
+    held = ["weights", "gradients", *["AdamW state"] * (s.optimizer == "adamw"), *copies]
+    print(f"memory     {state_bytes / 2**30:.2f} GiB for {', '.join(held)} of {n_parameters:,} "
+          f"parameters{', in each process' * s.fsdp}; caches of {cache_gib(P, G):.2f} GiB while "
+          f"sampling and {cache_gib(len(run.validation), s.validation_samples):.2f} in validation; "
+          f"activations of {s.tokens_per_microbatch:,} tokens on top")
     if optimizer_steps == 1 and s.objective != "noclip":
         print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
               f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
@@ -433,10 +440,12 @@ def make_optimizer(model, s):
 
 
 def try_largest_batch(run, s):
-    """Run a full rollout and the largest micro-batch, so that memory ends now or not at all.
+    """Run a full rollout, a validation and the largest micro-batch, so that memory ends now or not
+    at all.
 
     As many groups of the longest prompt as fit, every completion at full length, beside room for
-    AdamW's state. Nothing of it stays. Raises ValueError, with the flags that help.
+    AdamW's state; of the validation as much as is in flight at once. Nothing of it stays but the
+    samplers that CUDA keeps. Raises ValueError, with the flags that help.
     """
     G, prompt = s.group_size, max(run.prompts, key=len)
     n_tokens = len(prompt) + G * s.max_new_tokens
@@ -449,6 +458,12 @@ def try_largest_batch(run, s):
         adamw_state = torch.empty(0 if run.optimizer.state else 2 * n_parameters, device=s.device)
         generate(run.policy, [prompt] * share, G, s.max_new_tokens, s.temperature,
                  s.top_p, max_rows=s.rollout_rows)
+        if s.validate_every <= s.steps:
+            longest = max(run.validation, key=lambda problem: len(problem.question))
+            n_problems = min(-(-len(run.validation) // parallel.n_processes()),
+                             2 * -(-s.rollout_rows // s.validation_samples))
+            sample_answers(run.policy, [longest] * n_problems, s.validation_samples, s.temperature,
+                           s.top_p, s.max_new_tokens, max_rows=s.rollout_rows, progress=None)
         batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
         for _ in range(2):  # the second time beside the gradients of the first
             run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(),
@@ -469,15 +484,13 @@ def split_problems(s):
     A set without a validation split gives some of its training problems, the same for every seed;
     a file, which has no splits, gives the test problems too.
     """
-    train = load_problems(s.data, "train")
-    test, validation = [], []
-    is_file = s.data not in SETS and s.data not in {source.repo for source in SETS.values()}
-    if s.data == "tiny":
+    train, test, source = load_problems(s.data, "train"), [], source_of(s.data)
+    if source and "validation" in source.splits:
         validation = load_problems(s.data, "validation")[:s.validation_problems]
     else:
         random.Random("validation").shuffle(train)
         validation, train = train[:s.validation_problems], train[s.validation_problems:]
-    if is_file:  # `train` writes them to test.jsonl, for evaluate.py
+    if not source:  # `train` writes them to test.jsonl, for evaluate.py
         test, train = train[:s.test_problems], train[s.test_problems:]
     elif s.test_problems:
         test = load_problems(s.data, "test")[:s.test_problems]
@@ -655,7 +668,7 @@ def write_beginning(run, s, folder, settings):
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
-            set_aside(folder / "best")
+            set_aside(folder / "best", move=False)
         if run.best_step == run.step:  # it was perhaps killed before it wrote best/
             copy_model(run.checkpoint, folder / "best")
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -724,8 +737,11 @@ def train(s, folder, stopping=()):
             copy_model(run.checkpoint, folder / "best")
         try:
             finish(s, folder, run.test)
-        except (OSError, ValueError) as e:
-            sys.exit(f"error: the training is complete and saved, but not its test: {e}")
+        except Exception as e:
+            reason = str(e) if isinstance(e, ValueError) else in_words(e, s)
+            if reason is None:
+                raise
+            sys.exit(f"error: the training is complete and saved, but not its test: {reason}")
     parallel.gather("finished")  # torchrun ends the others soon after the first ends
     parallel.stop()
     return 0
@@ -774,8 +790,9 @@ def finish(s, folder, test):
         return
     scores = []
     for path in (s.model, folder / "best"):
-        # with evaluate.py's own defaults, so that it prints the same figures
-        rows = answer(whole_model(path, s), test, progress="test")
+        # in fp32, as evaluate.py does by default, so that it prints the same figures
+        rows = answer(Qwen2.from_pretrained(path, s.device), test, max_rows=s.rollout_rows,
+                      progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": s.data, "n_problems": len(test),
                                       "base_strict": scores[0], "best_strict": scores[1]})

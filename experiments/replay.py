@@ -27,12 +27,11 @@ def settings_of(flags):
     return read_settings([*BASE.split(), "--validate-every", "1000", *flags, "--name", "run"])
 
 
-def trained(flags, rollouts=None, kept=()):
-    """Train with these flags (a list): ({step: weights}, its rollouts, the share of optimizer steps
-    whose gradient met the limit). Weights are kept of the start, 0, of the steps in `kept` and of
-    the last. rollouts: those of another run, to be trained on instead of sampling; a list of
-    (Rollout, rows)."""
-    made, weights, norms = [], {}, []
+def trained(flags, rollouts=None):
+    """Train with these flags (a list): (its weights before and after, its rollouts, the share of
+    optimizer steps whose gradient met the limit). rollouts: those of another run, to be trained on
+    instead of sampling; a list of (Rollout, rows)."""
+    made, weights, norms = [], [], []
     sample_and_grade, update = train.sample_and_grade, train.update
 
     def replayed(run, s, step, chosen):
@@ -40,12 +39,12 @@ def trained(flags, rollouts=None, kept=()):
         return copy.deepcopy(made[-1])  # a step writes into its rows
 
     def watched(run, minibatches, s):
-        if not weights:
-            weights[0] = flat(run.model)
+        if len(made) == 1:
+            weights.append(flat(run.model))
         seen = update(run, minibatches, s)
         norms.extend(seen.norms)
-        if len(made) in (*kept, s.stop_after or s.steps):
-            weights[len(made)] = flat(run.model)
+        if len(made) == (s.stop_after or s.steps):
+            weights.append(flat(run.model))
         return seen
     with aside(), mock.patch.multiple(train, sample_and_grade=replayed, update=watched):
         s, folder = settings_of(flags)
@@ -58,11 +57,10 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).double()
 
 
-def distances(weights, others):
-    """{step: |θ' − θ| / |θ − θ_start|} of two runs from one start."""
-    return {step: ((others[step] - weights[step]).norm()
-                   / (weights[step] - weights[0]).norm()).item()
-            for step in weights.keys() & others.keys() if step}
+def distance(weights, others):
+    """|θ' − θ| / |θ − θ_start| of two runs from one start; weights: as of `trained`."""
+    (start, end), (_, other) = weights, others
+    return ((other - end).norm() / (end - start).norm()).item()
 
 
 def equal_run(flags, alpha):
@@ -90,9 +88,9 @@ def replay(flags):
     row = {"distance": {}, "rule": {}, "limited": {"0": limited}}
     for alpha in ALPHAS:
         weights, _, row["limited"][str(alpha)] = trained([*flags, "--alpha", str(alpha)], rollouts)
-        row["distance"][str(alpha)] = distances(base, weights)[STEPS]
+        row["distance"][str(alpha)] = distance(base, weights)
         same, *_ = trained(equal_run(flags, alpha), rollouts)
-        row["rule"][str(alpha)] = distances(same, weights)[STEPS]
+        row["rule"][str(alpha)] = distance(same, weights)
     return row
 
 

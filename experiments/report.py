@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from experiments.cells import AGES, ALPHAS, EPOCHS, EXPERIMENTS, FIFTH, FOUR, RATE, TIMES, seeds
-from intervals import over_seeds
+from intervals import over_seeds, sign_flips
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -47,19 +47,20 @@ TABLES = {
     "where": [("first tokens' share of the gradient (%)", "first_share", 100, 1),
               ("of it a 0.2 clip removes (%)", "removed_first", 100, 1),
               ("of other tokens' (%)", "removed_others", 100, 1)],
+    "token": [ACCURACY, ON_THE_WAY],
     "noise": [ACCURACY, ON_THE_WAY],
     "hopeless": [ACCURACY,
-                 ("groups with unequal rewards (%)", lambda row: row["largest_advantage"] and
-                  1 - row["equal_groups"], 100, 1),
+                 ("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
 AGAINST = {  # which part of a cell's label is another in the cell compared with, and what it is
     "mild": [(0, "clip ε 0.2")], "stress": [(0, "clip ε 0.2")], "reuse": [(0, "clip ε 0.2")],
-    "stale": [(0, "clip ε 0.2")], "noise": [(0, "noclip (α 0)"), (1, "fp32")],
-    "alpha": [(0, "α 0")], "hopeless": [(0, "base model")]}
+    "stale": [(0, "clip ε 0.2")], "token": [(0, "on all"), (0, "on none")],
+    "noise": [(0, "noclip (α 0)"), (1, "fp32")],
+    "alpha": [(0, "α 0")], "hopeless": [(0, "base model"), (0, "paper's reward")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago", "rate ×"],
-    "where": ["arm", "steps ago", "rate ×"],
+    "where": ["arm", "steps ago", "rate ×"], "token": ["clip at 0.2", "rate ×"],
     "noise": ["arm", "log-probs"]}
 
 
@@ -88,16 +89,18 @@ def in_numbers(x, factor=1, digits=1):
 
 
 def difference(x, y):
-    """What x is above y, in points, seed by seed: "mean [interval]", and whether that shows one.
+    """What x is above y, in points, seed by seed: "mean [interval]", with six seeds or more the p
+    of random signs (of fewer it cannot be below 0.05), and whether either shows one.
     x, y: {seed: share}."""
-    d = [(x[seed] - y[seed]) * 100 for seed in x.keys() & y.keys()]
+    d = [(x[seed] - y[seed]) * 100 for seed in sorted(x.keys() & y.keys())]
     if len(d) < 2:
         return "–"
-    mean, interval = over_seeds(d)
-    if interval is None:
-        return f"{mean:+.1f} in every seed"
-    low, high = interval
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + (", none shown" if low <= 0 <= high else "")
+    if len({round(points, 9) for points in d}) == 1:
+        return f"{d[0]:+.1f} in every seed"
+    mean, (low, high) = over_seeds(d)
+    p = sign_flips(d) if len(d) >= 6 else 1
+    return (f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + f", p {p:.2g}" * (len(d) >= 6)
+            + ", none shown" * (low <= 0 <= high and p >= 0.05))
 
 
 def markdown(header, lines):
@@ -227,7 +230,7 @@ NULL = [(name, "pspo α 0.1" + rest, "noclip (α 0)" + rest) for name, rest in (
     *(("stale", f" | {steps} | {times}") for steps, times in AGES), ("noise", " | noise"),
     *(("reuse", f" | {epochs} | {times}") for epochs in EPOCHS for times in TIMES
       if epochs != 2))]
-OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"),
+OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"), ("mild", "pspo α 0.1", "clip ε 0.1"),
           ("stress", "pspo α 0.5", "sapo"), ("stress", "pspo α 0.5", "scopic τ 4"),
           ("stress", "log_pspo α 0.5", "cispo r ≤ 2"), ("stress", "log_pspo α 0.5", "scopic τ 4")]
 

@@ -26,7 +26,7 @@ from checkpoint import checkpoints, read_rows
 from evaluate import answer, summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
-from objectives import clip_removes, policy_loss
+from objectives import clip_removes, noclip, policy_loss
 from rewards import load_problems
 from settings import read_settings
 from train import old_log_probs
@@ -45,6 +45,7 @@ def special_flags():
     add("--stale", type=int, default=0, help="train on rollouts of the model so many steps ago")
     add("--noise", type=float, default=0.0, help="sd of what is added to log-probs, nats")
     add("--where", action="store_true", help="record which tokens a clip takes its share from")
+    add("--unclipped", choices=["first", "others"], help="leave the clip out of these tokens")
     add("--hopeless", action="store_true", help="train on problems whose gold no one gives")
     return parser
 
@@ -127,14 +128,32 @@ def where_clipped(total):
         ratio_N = (logp_N - old_logp_N).detach().exp()
         gradient_N = weight_N * advantage_N.abs() * ratio_N
         removed_N = clip_removes(ratio_N, advantage_N)
-        first_N = torch.ones_like(removed_N)
-        first_N[1:] = sequence_N[1:] != sequence_N[:-1]
-        first_N &= advantage_N > 0
+        first_N = first_tokens(sequence_N, advantage_N)
         for name, tokens_N in (("first", first_N), ("others", ~first_N)):
             total["gradient_" + name] += gradient_N[tokens_N].sum().item()
             total["removed_" + name] += gradient_N[tokens_N & removed_N].sum().item()
         return policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, *rest)
     return watched_policy_loss
+
+
+def first_tokens(sequence_N, advantage_N):
+    """Which tokens are the first of an answer with A > 0: bool."""
+    first_N = advantage_N > 0
+    first_N[1:] &= sequence_N[1:] != sequence_N[:-1]
+    return first_N
+
+
+def partly_clipped(unclipped):
+    """`policy_loss`, with no clip on the first tokens of answers with A > 0, or on all others."""
+    def partly(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective, *rest):
+        first_N = first_tokens(sequence_N, advantage_N)
+        free_N = first_N if unclipped == "first" else ~first_N
+
+        def mixed(ratio_N, advantage_N):
+            return torch.where(free_N, noclip(ratio_N, advantage_N),
+                               objective(ratio_N, advantage_N))
+        return policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, mixed, *rest)
+    return partly
 
 
 def noise_metrics(exact_M, rounded_M, advantage_M, weight_M):
@@ -184,6 +203,8 @@ def run_cell(cell):
             changed["update"] = watched(train.update, special.noise, generator, rounding)
         if special.where:
             changed["policy_loss"] = where_clipped(total)
+        if special.unclipped:
+            changed["policy_loss"] = partly_clipped(special.unclipped)
         for name, function in changed.items():
             changes.enter_context(mock.patch.object(train, name, function))
         try:

@@ -3,6 +3,7 @@
 python tests/fuzz.py 100000 2000       completions, mutated files; exits 1 at what was not expected
 """
 import json
+import math
 import os
 import random
 import shutil
@@ -77,17 +78,24 @@ def by_math(text, gold, finished):
 
 
 def fuzz_completions(n, how=grade, golds=tuple(GOLDS), seed=0):
-    """(seconds, text) of the completion that took longest to grade; raises where one raises."""
+    """(seconds, text) of the completion that took longest to grade, the best of three times where
+    one is the longest so far: a busy machine may interrupt it. Raises where one raises."""
     draw, slowest = random.Random(seed), (0.0, "")
     how("#### 1 + 1", golds[0], True)  # starts the process that knows LaTeX, where it is needed
     for _ in range(n):
         text = completion(draw)
-        began = time.perf_counter()
-        try:
-            how(text, draw.choice(golds), draw.random() < 0.8)
-        except Exception as e:
-            raise AssertionError(f"{text[:200]!r} raised {e!r}") from e
-        slowest = max(slowest, (time.perf_counter() - began, repr(text[:80])))
+        gold, finished = draw.choice(golds), draw.random() < 0.8
+        seconds = math.inf
+        for _ in range(3):
+            began = time.perf_counter()
+            try:
+                how(text, gold, finished)
+            except Exception as e:
+                raise AssertionError(f"{text[:200]!r} raised {e!r}") from e
+            seconds = min(seconds, time.perf_counter() - began)
+            if seconds <= slowest[0]:
+                break
+        slowest = max(slowest, (seconds, repr(text[:80])))
     return slowest
 
 

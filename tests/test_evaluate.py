@@ -78,11 +78,13 @@ def test_students_t_and_the_intervals_over_seeds():
 
 def test_sign_flips_agree_with_mcnemar_and_with_counting_all_signs():
     assert intervals.sign_flips([1, 1, 1, 1, 0, 0, 0]) == intervals.mcnemar(0, 4) == 0.125
-    d = [0.5, -0.25, 1.0, 0.25, 0.5, 0.75]
-    sums = [abs(sum(s * x for s, x in zip(signs, d)))
-            for signs in itertools.product((1, -1), repeat=6)]
-    exact = sum(x >= sum(d) for x in sums) / 64
-    assert intervals.sign_flips(d) == pytest.approx(exact, abs=0.01)
+    few = [0.5, -0.25, 1.0, 0.25, 0.5, 0.75]
+    for d, rounding in (few, 0), (few + few + [0.5], 0.005):  # more than 12: 10,000 draws
+        sums = [abs(sum(s * x for s, x in zip(signs, d)))
+                for signs in itertools.product((1, -1), repeat=len(d))]
+        exact = sum(x >= sum(d) for x in sums) / 2**len(d)
+        assert 0 < exact < 0.2 and intervals.sign_flips(d) == pytest.approx(exact, abs=rounding)
+    assert intervals.sign_flips([0.25]) == 1
     assert intervals.sign_flips([0.0, 0.0]) == 1
 
 

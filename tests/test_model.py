@@ -106,6 +106,8 @@ def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, 
 def test_compiled_layers_give_the_same_gradient():
     plain, compiled = (Qwen2.from_pretrained("tiny") for _ in range(2))
     compiled.compile_layers()
+    assert all(hasattr(f, "_torchdynamo_orig_callable") for block in compiled.model["layers"]
+               for f in (block.before, block.after))
     batch = flat_batch(*random_batch())
     for model in (plain, compiled):
         model.completion_log_probs(batch, 0.7, lambda logp, chunk: logp.square().sum())
@@ -116,12 +118,16 @@ def test_compiled_layers_give_the_same_gradient():
 def test_checkpointing_activations_changes_no_gradient(pair):
     ours, _ = pair
     batch = flat_batch(*random_batch())
-    gradients = []
+    gradients, calls = [], []
+    hook = ours.model["layers"][0].register_forward_hook(lambda *_: calls.append(
+        ours.checkpoint_activations))
     for ours.checkpoint_activations in (False, True):
         ours.zero_grad()
         ours.completion_log_probs(batch, 0.7, lambda logp, chunk: logp.square().sum())
         gradients.append([p.grad.clone() for p in ours.parameters()])
     ours.checkpoint_activations = False
+    hook.remove()
+    assert calls == [False, True, True]  # checkpointed, a layer is computed again for its gradient
     assert all(map(torch.equal, *gradients))
 
 

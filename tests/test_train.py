@@ -1,5 +1,6 @@
 """train.py: the loop, its settings, resuming, and what it refuses."""
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import rewards
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
@@ -107,10 +109,11 @@ def test_changing_the_objective_changes_no_other_setting():
     for objective in ("clip", "noclip"):
         changed = {k for k, v in settings["pspo"].items() if settings[objective][k] != v}
         assert changed == {"objective", "name"}
-    run("--steps", "1", "--name", "a")
+    run("--steps", "1", "--name", "a", "--max-grad-norm", "inf")
     run("--steps", "1", "--name", "b", "--objective", "clip")
     saved = [json.loads(Path(f"runs/{n}/config.json").read_text())["settings"] for n in "ab"]
-    assert {k for k in saved[0] if saved[0][k] != saved[1][k]} == {"objective", "name"}
+    assert {k for k in saved[0] if saved[0][k] != saved[1][k]} == {"objective", "name",
+                                                                   "max_grad_norm"}
 
 
 def test_objectives_tell_apart_only_after_the_first_optimizer_step():
@@ -132,7 +135,12 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
         sizes.append(len(batch.ids_N))
         return scored(self, batch, *arguments)
     monkeypatch.setattr(Qwen2, "completion_log_probs", watched)
+    answer, answered = train.sample_answers, []
+    monkeypatch.setattr(train, "sample_answers", lambda model, problems, samples, *rest, **more: (
+        answered.append((len(problems), samples, more["max_rows"])),
+        answer(model, problems, samples, *rest, **more)))
     train.try_largest_batch(run, s)
+    assert answered == [(100, 2, 256)]  # all that validation has in flight
     longest = max(map(len, run.prompts))
     assert sizes == 2 * [2 * (longest + 8 * 40)]  # a minibatch of 8 prompts in 4 parts
     assert all(p.grad is None for p in run.model.parameters())
@@ -200,10 +208,10 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(signum):
 
 def test_a_second_ctrl_c_leaves_at_once():
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "400",
-               "--prompts-per-step", "64", "--group-size", "16"]
+               "--prompts-per-step", "64", "--group-size", "16", "--validate-every", "1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
-        if line.startswith("step"):  # the headings: the first step runs
+        if line.startswith("prompt 1"):  # the last before the first step, which takes seconds
             break
     process.send_signal(signal.SIGINT)
     for line in process.stdout:
@@ -214,8 +222,9 @@ def test_a_second_ctrl_c_leaves_at_once():
     assert process.poll() is None
     began = time.time()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and time.time() - began < 2
+    assert "stopped after step" not in rest and not Path("runs/tiny-pspo-s0/metrics.jsonl").exists()
 
 
 def test_only_the_newest_checkpoints_are_kept():
@@ -393,6 +402,46 @@ def test_the_learning_rate_by_hand():
     assert found == pytest.approx([1/4, 2/4, 3/4, 1, 1, 5/6, 4/6, 3/6, 2/6, 1/6])
 
 
+def test_an_optimizer_step_by_hand():
+    model = torch.nn.Linear(2, 1, bias=False)
+    run = SimpleNamespace(model=model, state={"optimizer_steps": 2},
+                          optimizer=torch.optim.SGD(model.parameters(), lr=123.0))
+    s = SimpleNamespace(steps=5, epochs=2, minibatches=1, warmup_steps=4, learning_rate=1.0,
+                        max_grad_norm=1.0)
+    model.weight.data.zero_()
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert train.optimizer_step(run, s).item() == 5  # the norm before the limit
+    # the limit leaves (0.6, 0.8), warm-up half of the rate
+    assert model.weight.data.flatten().tolist() == pytest.approx([-0.3, -0.4], rel=1e-5)
+    model.weight.data.zero_()
+    model.weight.grad = torch.tensor([[0.3, 0.4]])
+    run.state["optimizer_steps"] = 6
+    train.optimizer_step(run, s)  # within the limit; 5/6 of the rate
+    assert model.weight.data.flatten().tolist() == pytest.approx([-0.25, -1 / 3], rel=1e-5)
+
+
+def test_the_loss_of_a_micro_batch_by_hand(monkeypatch):
+    losses = []
+
+    def completion_log_probs(batch, temperature, loss, entropy):
+        logp_M = torch.tensor([0.5, 0.5]).log()
+        losses.append(loss(logp_M, slice(0, 2)).item())
+        return logp_M, torch.zeros(2)
+    monkeypatch.setattr(train, "optimizer_step", lambda run, s: torch.tensor(0.0))
+    s, _ = train.read_settings(["--model", "tiny", "--objective", "noclip", "--beta", "0.1",
+                                "--epochs", "1", "--minibatches", "1"])
+    micro = SimpleNamespace(old_logp_M=None, weight_M=torch.tensor([0.25, 0.75]),
+                            advantage_M=torch.tensor([2.0, -1.0]),
+                            reference_logp_M=torch.tensor([0.25, 0.5]).log(),
+                            batch=SimpleNamespace(sequence_M=torch.tensor([0, 1])))
+    run = SimpleNamespace(model=SimpleNamespace(completion_log_probs=completion_log_probs),
+                          reference=object(), state={"optimizer_steps": 0, "skipped_steps": 0})
+    seen = train.update(run, [[micro]], s)
+    # r = 1: −(0.25·2 − 0.75·1) = 0.25. k3 of the first token: 0.25/0.5 − log(0.25/0.5) − 1
+    assert losses == [pytest.approx(0.25 + 0.1 * 0.25 * (0.5 + math.log(2) - 1))]
+    assert seen.kls[0].tolist() == pytest.approx([0.5 + math.log(2) - 1, 0])
+
+
 def test_each_pass_visits_every_problem_once_in_a_new_order():
     passes = [[i for step in range(5 * k + 1, 5 * k + 6)
                for i in train.prompt_order(10, 2, step, seed=0)] for k in range(3)]
@@ -411,6 +460,33 @@ def test_the_files_problems_are_split_three_ways_without_overlap():
     assert len({p.id for split in splits for p in split}) == 30
     other = train.split_problems(SimpleNamespace(**{**vars(s), "seed": 1}))
     assert other == splits  # every seed is measured on the same problems
+
+
+def test_a_set_keeps_its_own_validation_split(monkeypatch):
+    s = SimpleNamespace(data="mine", validation_problems=5, test_problems=7, prompts_per_step=1)
+    monkeypatch.setitem(rewards.SETS, "mine", rewards.SETS["tiny"]._replace(latex=True))
+    train_, validation, test = train.split_problems(s)
+    assert [p.id for p in validation] == [f"mine/validation/{i}" for i in range(5)]
+    everything = len(train_)
+    monkeypatch.setitem(rewards.SETS, "mine", rewards.SETS["mine"]._replace(splits=rewards.BOTH))
+    train_, validation, test = train.split_problems(s)
+    assert len(train_) == everything - 5 and {p.id[:11] for p in validation} == {"mine/train/"}
+
+
+def test_a_run_in_bf16_is_tested_as_evaluate_tests_it(monkeypatch, capsys):
+    dtypes = []
+    answered = train.answer
+    monkeypatch.setattr(train, "answer", lambda model, *rest, **more: (
+        dtypes.append((model.compute_dtype, more["max_rows"])), answered(model, *rest, **more))[1])
+    run("--steps", "1", "--dtype", "bf16", "--rollout-rows", "32")
+    assert dtypes == 2 * [(torch.float32, 32)]
+
+    def no_room(*rest, **more):
+        raise torch.OutOfMemoryError("no room")
+    monkeypatch.setattr(train, "answer", no_room)
+    with pytest.raises(SystemExit, match="(?s)complete and saved, but not its test: out of memory "
+                                         ".* lower .*--rollout-rows"):
+        run("--steps", "1", "--name", "large")
 
 
 def test_presets_do_not_depend_on_the_objective_and_hold_the_papers_values():
@@ -441,6 +517,8 @@ def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     (["--minibatches", "3"], "--minibatches 3 does not divide --prompts-per-step 4"),
     (["--temperature", "0"], "--temperature is 0; training needs"),
     (["--top-p", "0"], "--top-p is 0"), (["--steps", "0"], "--steps is 0; expected 1 or more"),
+    (["--max-grad-norm", "0"], "--max-grad-norm is 0.0; expected a value above 0, or inf"),
+    (["--max-grad-norm", "nan"], "--max-grad-norm is nan"),
     (["--learning-rate", "-1"], "--learning-rate is -1"), (["--beta", "nan"], "--beta is nan"),
     (["--rollout-rows", "3"], "--rollout-rows 3 does not hold one group of 4"),
     (["--resume"], "no run in runs/tiny-pspo-s0"),
