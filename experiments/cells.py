@@ -95,10 +95,12 @@ EXPERIMENTS = {
               for steps, times in AGES for arm in ("clip ε 0.2", "noclip (α 0)")},
     "token": {f"{label} | {times}": stale(arm, 8, times) + flags
               for times in (1, 3) for label, arm, flags in (
-                  ("on all", "clip ε 0.2", ""),
-                  ("on good answers' first only", "clip ε 0.2", " --unclipped others"),
-                  ("on all others", "clip ε 0.2", " --unclipped first"),
-                  ("on none", "noclip (α 0)", ""))},
+                  ("all", "clip ε 0.2", ""),
+                  ("good answers' first", "clip ε 0.2", " --unclipped others"),
+                  ("all but good answers' first", "clip ε 0.2", " --unclipped first"),
+                  ("every answer's first", "clip ε 0.2", " --unclipped every-later"),
+                  ("all but every answer's first", "clip ε 0.2", " --unclipped every-first"),
+                  ("none", "noclip (α 0)", ""))},
     "noise": {
         **{f"{arm} | fp32": ARMS[arm] + reuse(2, 1) for arm in NOISY},
         **{f"{arm} | noise": ARMS[arm] + reuse(2, 1) + f" --noise {NOISE}" for arm in NOISY},

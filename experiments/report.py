@@ -55,12 +55,12 @@ TABLES = {
                  ("accuracy, answers of one digit (%)", "short_strict", 100, 1)]}
 AGAINST = {  # which part of a cell's label is another in the cell compared with, and what it is
     "mild": [(0, "clip ε 0.2")], "stress": [(0, "clip ε 0.2")], "reuse": [(0, "clip ε 0.2")],
-    "stale": [(0, "clip ε 0.2")], "token": [(0, "on all"), (0, "on none")],
+    "stale": [(0, "clip ε 0.2")], "token": [(0, "all"), (0, "none")],
     "noise": [(0, "noclip (α 0)"), (1, "fp32")],
     "alpha": [(0, "α 0")], "hopeless": [(0, "base model"), (0, "paper's reward")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago", "rate ×"],
-    "where": ["arm", "steps ago", "rate ×"], "token": ["clip at 0.2", "rate ×"],
+    "where": ["arm", "steps ago", "rate ×"], "token": ["tokens with a clip at 0.2", "rate ×"],
     "noise": ["arm", "log-probs"]}
 
 

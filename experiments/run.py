@@ -45,7 +45,8 @@ def special_flags():
     add("--stale", type=int, default=0, help="train on rollouts of the model so many steps ago")
     add("--noise", type=float, default=0.0, help="sd of what is added to log-probs, nats")
     add("--where", action="store_true", help="record which tokens a clip takes its share from")
-    add("--unclipped", choices=["first", "others"], help="leave the clip out of these tokens")
+    add("--unclipped", choices=["first", "others", "every-first", "every-later"],
+        help="tokens without the clip: the first of good answers, all others; of every answer")
     add("--hopeless", action="store_true", help="train on problems whose gold no one gives")
     return parser
 
@@ -128,7 +129,7 @@ def where_clipped(total):
         ratio_N = (logp_N - old_logp_N).detach().exp()
         gradient_N = weight_N * advantage_N.abs() * ratio_N
         removed_N = clip_removes(ratio_N, advantage_N)
-        first_N = first_tokens(sequence_N, advantage_N)
+        first_N = first_tokens(sequence_N) & (advantage_N > 0)
         for name, tokens_N in (("first", first_N), ("others", ~first_N)):
             total["gradient_" + name] += gradient_N[tokens_N].sum().item()
             total["removed_" + name] += gradient_N[tokens_N & removed_N].sum().item()
@@ -136,18 +137,22 @@ def where_clipped(total):
     return watched_policy_loss
 
 
-def first_tokens(sequence_N, advantage_N):
-    """Which tokens are the first of an answer with A > 0: bool."""
-    first_N = advantage_N > 0
-    first_N[1:] &= sequence_N[1:] != sequence_N[:-1]
+def first_tokens(sequence_N):
+    """Which tokens are the first of their answer: bool."""
+    first_N = torch.ones_like(sequence_N, dtype=torch.bool)
+    first_N[1:] = sequence_N[1:] != sequence_N[:-1]
     return first_N
 
 
 def partly_clipped(unclipped):
-    """`policy_loss`, with no clip on the first tokens of answers with A > 0, or on all others."""
+    """`policy_loss` with no clip on these tokens: "first" of answers with A > 0, all "others",
+    "every-first" whatever its A, "every-later"."""
     def partly(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective, *rest):
-        first_N = first_tokens(sequence_N, advantage_N)
-        free_N = first_N if unclipped == "first" else ~first_N
+        free_N = first_tokens(sequence_N)
+        if not unclipped.startswith("every"):
+            free_N &= advantage_N > 0
+        if unclipped in ("others", "every-later"):
+            free_N = ~free_N
 
         def mixed(ratio_N, advantage_N):
             return torch.where(free_N, noclip(ratio_N, advantage_N),

@@ -65,7 +65,7 @@ def test_every_cell_is_a_run_that_train_would_make():
 
 
 def test_every_arm_of_an_experiment_makes_as_many_optimizer_steps():
-    for name in ("mild", "stress", "alpha", "stale", "noise"):
+    for name in ("mild", "stress", "alpha", "stale", "token", "noise"):
         counts = set()
         for flags in cells.EXPERIMENTS[name].values():
             _, s = settings_of_cell(flags)
@@ -187,7 +187,9 @@ def test_a_clip_on_some_tokens_only():
     advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])  # two answers: three tokens, and two
     rest = (torch.zeros(5), advantage, torch.ones(5), torch.tensor([7, 7, 7, 2, 2]),
             objectives.clip)
-    for unclipped, weights in (("first", [1.5, 0, 0, 0, 0]), ("others", [0, 1.5, 1.5, -.5, -.5])):
+    for unclipped, weights in (("first", [1.5, 0, 0, 0, 0]), ("others", [0, 1.5, 1.5, -.5, -.5]),
+                               ("every-first", [1.5, 0, 0, -.5, 0]),
+                               ("every-later", [0, 1.5, 1.5, 0, -.5])):
         loss, _ = runs.partly_clipped(unclipped)(logp, *rest)
         (gradient,) = torch.autograd.grad(-loss, logp)
         assert gradient.tolist() == pytest.approx(weights)  # A·r where there is no clip

@@ -119,7 +119,7 @@ def test_checkpointing_activations_changes_no_gradient(pair):
     ours, _ = pair
     batch = flat_batch(*random_batch())
     gradients, calls = [], []
-    hook = ours.model["layers"][0].register_forward_hook(lambda *_: calls.append(
+    hook = ours.model["layers"][0].register_forward_pre_hook(lambda *_: calls.append(
         ours.checkpoint_activations))
     for ours.checkpoint_activations in (False, True):
         ours.zero_grad()
