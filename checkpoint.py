@@ -72,15 +72,19 @@ def copy_model(checkpoint, folder):
 
 
 def set_aside(path, move=True):
-    """Keep a folder or file, or without `move` a copy of a folder, under another name, best.1,
-    best.2, …, and say so."""
-    if path.exists():
-        n = 1 + sum(p.name[len(path.name) + 1:].isdigit() for p in path.parent.glob(
-            f"{path.name}.*"))
-        kept = path.with_name(f"{path.name}.{n}")
-        path.rename(kept) if move else shutil.copytree(path, kept)
-        print(f"warning    {path} may be of a step that is lost; it is kept as {kept}",
-              file=sys.stderr)
+    """Keep a folder or file under another name, best.1, best.2, …, and say so; without `move` a
+    copy of a model's folder, once."""
+    if not path.exists():
+        return
+    earlier = [p for p in path.parent.glob(f"{path.name}.*")
+               if p.name[len(path.name) + 1:].isdigit()]
+    if not move:
+        weights = [p / "model.safetensors" for p in (path, *earlier)]
+        if sha256(weights[0]) in [sha256(p) for p in weights[1:] if p.exists()]:
+            return
+    kept = path.with_name(f"{path.name}.{len(earlier) + 1}")
+    path.rename(kept) if move else shutil.copytree(path, kept)
+    print(f"warning    {path} may be of a step that is lost; it is kept as {kept}", file=sys.stderr)
 
 
 def free_bytes(folder):

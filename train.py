@@ -333,6 +333,7 @@ def announce(s, run):
     longest = max(map(len, run.prompts))
 
     def cache_gib(n_prompts, samples):  # what `sampler_for` makes room for
+        n_prompts = -(-n_prompts // parallel.n_processes())
         rows = min(s.rollout_rows, n_prompts * samples)
         n_prompts = min(n_prompts, 2 * -(-rows // samples))
         return kv_bytes * (rows * s.max_new_tokens + n_prompts * longest) / 2**30
@@ -455,7 +456,8 @@ def try_largest_batch(run, s):
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
         n_parameters //= parallel.n_processes() if s.fsdp else 1
-        adamw_state = torch.empty(0 if run.optimizer.state else 2 * n_parameters, device=s.device)
+        has_state = run.optimizer.state or s.optimizer == "sgd"
+        adamw_state = torch.empty(0 if has_state else 2 * n_parameters, device=s.device)
         generate(run.policy, [prompt] * share, G, s.max_new_tokens, s.temperature,
                  s.top_p, max_rows=s.rollout_rows)
         if s.validate_every <= s.steps:
@@ -472,8 +474,8 @@ def try_largest_batch(run, s):
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        raise ValueError(f"a rollout or its largest micro-batch, {n * n_tokens:,} tokens: "
-                         f"{in_words(e, s)}; a group needs {n_tokens} tokens") from e
+        raise ValueError(f"a rollout, a validation or the largest micro-batch, {n * n_tokens:,} "
+                         f"tokens: {in_words(e, s)}; a group needs {n_tokens} tokens") from e
     finally:
         run.optimizer.zero_grad()
 
@@ -636,6 +638,7 @@ def begin(s, folder):
     try:
         lock = enter(folder) if s.resume and first else None
         run = prepare(s, folder)
+        announce(s, run)
         if s.device.startswith("cuda"):
             try_largest_batch(run, s)
         if first:
@@ -650,7 +653,6 @@ def begin(s, folder):
     if len(places) > 1:
         sys.exit(f"error: the processes do not find the same checkpoint in {folder}; it must lie "
                  "on a disk that all of them see alike")
-    announce(s, run)
     return run
 
 
@@ -738,10 +740,12 @@ def train(s, folder, stopping=()):
         try:
             finish(s, folder, run.test)
         except Exception as e:
-            reason = str(e) if isinstance(e, ValueError) else in_words(e, s)
-            if reason is None:
+            if not isinstance(e, (OSError, ValueError)) and not is_out_of_memory(e):
                 raise
-            sys.exit(f"error: the training is complete and saved, but not its test: {reason}")
+            advice = (f"; try again with --resume --name {shlex.quote(s.name)} --rollout-rows and "
+                      f"less than {s.rollout_rows}" if is_out_of_memory(e) else "")
+            sys.exit("error: the training is complete and saved, but not its test: "
+                     f"{str(e)[:200]}{advice}")
     parallel.gather("finished")  # torchrun ends the others soon after the first ends
     parallel.stop()
     return 0
@@ -789,8 +793,8 @@ def finish(s, folder, test):
               f"{shlex.quote(s.data)}")
         return
     scores = []
+    torch.set_float32_matmul_precision("highest")  # fp32 as evaluate.py's, and the same figures
     for path in (s.model, folder / "best"):
-        # in fp32, as evaluate.py does by default, so that it prints the same figures
         rows = answer(Qwen2.from_pretrained(path, s.device), test, max_rows=s.rollout_rows,
                       progress="test")
         scores.append(summarise(rows, 1)["strict"])

@@ -89,18 +89,20 @@ def in_numbers(x, factor=1, digits=1):
 
 
 def difference(x, y):
-    """What x is above y, in points, seed by seed: "mean [interval]", with six seeds or more the p
-    of random signs (of fewer it cannot be below 0.05), and whether either shows one.
-    x, y: {seed: share}."""
+    """What x is above y, in points, seed by seed: "mean [interval]", and whether that shows one;
+    with six seeds or more also the p of `sign_flips` (of fewer it cannot be below 0.05), which then
+    decides. x, y: {seed: share}."""
     d = [(x[seed] - y[seed]) * 100 for seed in sorted(x.keys() & y.keys())]
     if len(d) < 2:
         return "–"
     if len({round(points, 9) for points in d}) == 1:
         return f"{d[0]:+.1f} in every seed"
     mean, (low, high) = over_seeds(d)
-    p = sign_flips(d) if len(d) >= 6 else 1
-    return (f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + f", p {p:.2g}" * (len(d) >= 6)
-            + ", none shown" * (low <= 0 <= high and p >= 0.05))
+    text, none_shown = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", low <= 0 <= high
+    if len(d) >= 6:
+        p = sign_flips(d)
+        text, none_shown = f"{text}, p {p:.2g}", p >= 0.05
+    return text + ", none shown" * none_shown
 
 
 def markdown(header, lines):

@@ -1,8 +1,8 @@
 """One run of one cell: train it in a folder that goes away, test its last weights, keep a row.
 
 What it does    calls train.train with the cell's flags and evaluate.answer on the test problems.
-                Flags of its own: --stale and --noise put something in train.py's place, --where
-                looks on, --hopeless makes problems that cannot be solved.
+                Flags of its own: --stale, --noise and --unclipped put something in train.py's
+                place, --where looks on, --hopeless makes problems that cannot be solved.
 What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py;
                 cells with --replay or --live to replay.py.
 Where to fork   what a row holds: `run_cell`.
@@ -46,7 +46,7 @@ def special_flags():
     add("--noise", type=float, default=0.0, help="sd of what is added to log-probs, nats")
     add("--where", action="store_true", help="record which tokens a clip takes its share from")
     add("--unclipped", choices=["first", "others", "every-first", "every-later"],
-        help="tokens without the clip: the first of good answers, all others; of every answer")
+        help="no clip on good answers' first tokens; all but those; every answer's; every later")
     add("--hopeless", action="store_true", help="train on problems whose gold no one gives")
     return parser
 

@@ -28,6 +28,14 @@ def start(folder, *flags):
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def begin(folder, *flags):
+    """Start a run, and wait until it has begun: importing torch is no part of it."""
+    process = start(folder, *flags)
+    while process.poll() is None and not (Path(folder) / "runs/run/config.json").exists():
+        time.sleep(0.001)
+    return process, time.time()
+
+
 def finish(folder, *flags):
     process = start(folder, *flags)
     _, errors = process.communicate()
@@ -64,16 +72,15 @@ def kill_and_compare(n, seed=0, flags=(), say=print):
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         whole.mkdir()
-        began = time.time()
-        finish(whole, *flags)
+        process, began = begin(whole, *flags)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
         lasted, expected = time.time() - began, outcome(whole)
         for i in range(n):
             killed = Path(folder) / "killed"
             killed.mkdir()
-            process = start(killed, *flags)
-            while process.poll() is None and not (killed / "runs/run/config.json").exists():
-                time.sleep(0.001)  # importing torch is no part of the run
-            moment = draw.uniform(0, 0.7 * lasted)
+            process, _ = begin(killed, *flags)
+            moment = draw.uniform(0, lasted)
             try:
                 process.communicate(timeout=moment)
             except subprocess.TimeoutExpired:

@@ -89,7 +89,8 @@ def test_the_best_weights_stay_where_the_lost_step_had_not_improved_on_them(monk
             best = (FOLDER / "best/model.safetensors").read_bytes()
             assert [p.name for p in checkpoint.checkpoints(FOLDER)] == ["step_4", "step_6"]
             damage(FOLDER / "checkpoints/step_6/trainer.pt", "flipped")
-    assert resume() == 0 and (FOLDER / "test.json").exists()
+            assert resume("--stop-after", "5") == 0  # copied once
+    assert resume() == 0 and not (FOLDER / "best.2").exists() and (FOLDER / "test.json").exists()
     assert (FOLDER / "best/model.safetensors").read_bytes() == best
 
 
