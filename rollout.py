@@ -73,7 +73,8 @@ class PaddedSequences:
             # beside grouped queries
             q = q.reshape(B, K, H // K * T, D)
             mask = self.stacked_mask(H // K, q.dtype)
-            out_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out_BHTD = out.reshape(B, H, T, D)  # no view: CUDA's lies in memory as (B, hT, K, D)
         return out_BHTD.transpose(1, 2).reshape(B * T, H, D).index_select(0, self.place_N)
 
     def stacked_mask(self, h, dtype):

@@ -1,4 +1,5 @@
-"""The fixture `hub`: a local server in the place of the model hub, for tests that load by name."""
+"""The fixtures `hub`, a local server in the place of the model hub for tests that load by name, and
+`as_on_cuda`, which makes the CPU behave as CUDA does."""
 import os
 import re
 import subprocess
@@ -6,11 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from as_on_cuda import make_cpu_like_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's: where it caches, its tokens, its offline switches. None of it may reach a test.
 CALLERS = re.compile(r"(HF|HUGGING_?FACE_HUB|TRANSFORMERS)_"
                      r"(.*CACHE|.*TOKEN.*|.*OFFLINE|ENDPOINT|HOME)")
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    make_cpu_like_cuda(monkeypatch)
 
 
 @pytest.fixture(scope="session")

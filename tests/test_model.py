@@ -75,8 +75,12 @@ def test_logits_equal_transformers(pair):
     assert difference < 1e-5
 
 
+@pytest.mark.parametrize("machine", ["cpu", "as_on_cuda"])
 @pytest.mark.parametrize("head_bytes", [2**29, 4 * 97 * 6], ids=["one chunk", "many chunks"])
-def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, monkeypatch):
+def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, machine, request,
+                                                              monkeypatch):
+    if machine == "as_on_cuda":
+        request.getfixturevalue(machine)
     monkeypatch.setitem(model_module.HEAD_BYTES, "cpu", head_bytes)  # 6 tokens: three chunks
     ours, network = pair
     prompts, completions = random_batch()
