@@ -7,8 +7,8 @@ What it leaves  sampling to rollout.py, what is correct to rewards.py, opinions 
                 statistics to intervals.py.
 Run it alone    python evaluate.py tiny runs/tiny-pspo-s0/best --data tiny
 Where to fork   a measure of style is a line in `style` and one in STYLE; a scorer is
-                one of rewards.py.
-                Answers on disk are graded anew each time, so neither costs any sampling.
+                one of rewards.py. Answers on disk are graded anew each time, so neither costs any
+                sampling.
 
 A *cell* is one model on one set at one temperature; its *rows* are one dict for each answer.
 """
@@ -491,7 +491,7 @@ def fill(path, settings, problems, model, room, args, progress):
     expected = [(p.id, g) for p in problems for g in range(samples)]
     with locked(path, f"{path} is being written by another evaluation"):
         rows, end = read_answers(path, settings, expected, per_chunk * samples)
-        n_lost = path.read_bytes()[end:].count(b"\n") - (not end)  # the first line: settings
+        n_lost = path.read_bytes()[end:].count(b"\n") - (not end)  # less the line of settings
         if n_lost >= per_chunk * samples:  # more than a killed process leaves
             kept = path.with_name(path.name + ".damaged")
             shutil.copy(path, kept)

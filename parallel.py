@@ -22,6 +22,11 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def largest_share(n):
+    """The most of n things that one process has, where each has every n_processes-th."""
+    return -(-n // n_processes())
+
+
 def n_processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -88,10 +88,9 @@ def load_problems(name_or_path, split="test"):
     return problems
 
 
-def source_of(name_or_path):
-    """The Source of a set, by its name here or on the hub; None for anything else."""
-    return SETS.get(name_or_path) or next(
-        (source for source in SETS.values() if source.repo == name_or_path), None)
+def name_of(name_or_path):
+    """The name in SETS of what is given by its name on the hub; anything else as it is."""
+    return next((n for n, s in SETS.items() if s.repo == name_or_path), str(name_or_path))
 
 
 def report_dropped(name_or_path, split, n_problems, dropped):
@@ -103,11 +102,10 @@ def report_dropped(name_or_path, split, n_problems, dropped):
 
 def read_problems(name_or_path, split="test"):
     """As `load_problems`, but silent: returns (problems, dropped), dropped a list of (id, gold)."""
-    name, known = str(name_or_path), source_of(name_or_path)
+    name = name_of(name_or_path)
     columns, answer_column, other_is_latex = ["question"], "answer", False
-    if known:
-        name = next(n for n in SETS if SETS[n] is known)
-        repo, config, splits, columns, answer_column, other_is_latex = known
+    if name in SETS:
+        repo, config, splits, columns, answer_column, other_is_latex = SETS[name]
         if split not in splits:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
         source = f"{repo} ({splits[split]})" if repo else TINY / f"{split}.jsonl"

@@ -374,6 +374,12 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
                    [finished for _, _, finished in rows], group_size, time.perf_counter() - began)
 
 
+def places_for(n_prompts, group_size, max_rows):
+    """How many completions and how many prompts a Sampler has room for at once: (rows, prompts)."""
+    n_rows = min(max_rows, n_prompts * group_size)
+    return n_rows, min(n_prompts, 2 * -(-n_rows // group_size))
+
+
 def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, max_rows):
     """A Sampler with room for this work, and the present weights of `model`.
 
@@ -381,9 +387,8 @@ def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, 
     one for training, one for validation. Their weights are refreshed in place.
     """
     longest = max(map(len, prompts), default=1)
-    n_rows = min(max_rows, len(prompts) * group_size)
-    n_prompts = min(len(prompts), 2 * -(-n_rows // group_size))
-    settings = (n_rows, n_prompts, group_size, max_new_tokens, temperature, top_p)
+    settings = (*places_for(len(prompts), group_size, max_rows), group_size, max_new_tokens,
+                temperature, top_p)
     if model.device.type == "cpu":
         return Sampler(model.for_sampling(), longest, *settings)
     key = (Sampler, *settings, model.compute_dtype, model.n_real_ids, *model.stop_ids)

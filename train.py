@@ -66,8 +66,8 @@ from objectives import (
     ratio_diagnostics,
     reduction_weights,
 )
-from rewards import build_prompt, load_problems, reward, source_of
-from rollout import FlatBatch, Rollout, flat_batch, generate
+from rewards import SETS, build_prompt, load_problems, name_of, reward
+from rollout import FlatBatch, Rollout, flat_batch, generate, places_for
 from settings import chosen_objective, read_settings
 
 HERE = Path(__file__).resolve().parent
@@ -332,11 +332,9 @@ def announce(s, run):
     kv_bytes *= 2 if s.dtype == "bf16" else 4
     longest = max(map(len, run.prompts))
 
-    def cache_gib(n_prompts, samples):  # what `sampler_for` makes room for
-        n_prompts = -(-n_prompts // parallel.n_processes())
-        rows = min(s.rollout_rows, n_prompts * samples)
-        n_prompts = min(n_prompts, 2 * -(-rows // samples))
-        return kv_bytes * (rows * s.max_new_tokens + n_prompts * longest) / 2**30
+    def cache_gib(n_prompts, samples):
+        rows, prompts = places_for(parallel.largest_share(n_prompts), samples, s.rollout_rows)
+        return kv_bytes * (rows * s.max_new_tokens + prompts * longest) / 2**30
     optimizer_steps = s.epochs * s.minibatches
     print(f"data       {len(run.problems)} training problems, {len(run.validation)} for "
           f"validation; prompts of at most {longest} tokens")
@@ -450,7 +448,7 @@ def try_largest_batch(run, s):
     """
     G, prompt = s.group_size, max(run.prompts, key=len)
     n_tokens = len(prompt) + G * s.max_new_tokens
-    share = -(-s.prompts_per_step // parallel.n_processes())  # of a rollout
+    share = parallel.largest_share(s.prompts_per_step)  # of a rollout
     n = min(max(s.tokens_per_microbatch // n_tokens, 1), -(-share // s.minibatches))
     completion = (prompt * s.max_new_tokens)[:s.max_new_tokens]
     try:
@@ -462,8 +460,8 @@ def try_largest_batch(run, s):
                  s.top_p, max_rows=s.rollout_rows)
         if s.validate_every <= s.steps:
             longest = max(run.validation, key=lambda problem: len(problem.question))
-            n_problems = min(-(-len(run.validation) // parallel.n_processes()),
-                             2 * -(-s.rollout_rows // s.validation_samples))
+            _, n_problems = places_for(parallel.largest_share(len(run.validation)),
+                                       s.validation_samples, s.rollout_rows)
             sample_answers(run.policy, [longest] * n_problems, s.validation_samples, s.temperature,
                            s.top_p, s.max_new_tokens, max_rows=s.rollout_rows, progress=None)
         batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
@@ -486,7 +484,7 @@ def split_problems(s):
     A set without a validation split gives some of its training problems, the same for every seed;
     a file, which has no splits, gives the test problems too.
     """
-    train, test, source = load_problems(s.data, "train"), [], source_of(s.data)
+    train, test, source = load_problems(s.data, "train"), [], SETS.get(name_of(s.data))
     if source and "validation" in source.splits:
         validation = load_problems(s.data, "validation")[:s.validation_problems]
     else:

@@ -148,11 +148,10 @@ def partly_clipped(unclipped):
     """`policy_loss` with no clip on these tokens: "first" of answers with A > 0, all "others",
     "every-first" whatever its A, "every-later"."""
     def partly(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective, *rest):
-        free_N = first_tokens(sequence_N)
-        if not unclipped.startswith("every"):
-            free_N &= advantage_N > 0
-        if unclipped in ("others", "every-later"):
-            free_N = ~free_N
+        every_N = first_tokens(sequence_N)
+        good_N = every_N & (advantage_N > 0)
+        free_N = {"first": good_N, "others": ~good_N,
+                  "every-first": every_N, "every-later": ~every_N}[unclipped]
 
         def mixed(ratio_N, advantage_N):
             return torch.where(free_N, noclip(ratio_N, advantage_N),

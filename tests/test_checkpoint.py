@@ -19,7 +19,7 @@ from settings import read_settings
 FOLDER = Path("runs/tiny-pspo-s0")
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(capsys):
+def test_a_killed_run_ends_as_if_it_had_not_been():
     said = []
     assert kill_and_compare(1, seed=5, say=said.append) == 0, said
     assert " killed " in said[0] and "step_" in said[0], said  # in its middle, not before or after
@@ -79,17 +79,14 @@ def test_the_best_weights_of_a_lost_step_are_kept(capsys):
 
 
 def test_the_best_weights_stay_where_the_lost_step_had_not_improved_on_them(monkeypatch):
-    rewards = {0: 0.1, 1: 0.9}  # the n-th validation of a process
-    for name in ("run", "resume"):
-        calls = itertools.count(2 * (name == "resume"))
-        monkeypatch.setattr(train, "validate", lambda run, s, calls=calls: {
-            "validation_reward": rewards.get(next(calls), 0.5), "validation_accuracy": 0.0})
-        if name == "run":
-            run("--steps", "8", "--stop-after", "6")  # validated after 0, 2, 4 and 6: best is 2
-            best = (FOLDER / "best/model.safetensors").read_bytes()
-            assert [p.name for p in checkpoint.checkpoints(FOLDER)] == ["step_4", "step_6"]
-            damage(FOLDER / "checkpoints/step_6/trainer.pt", "flipped")
-            assert resume("--stop-after", "5") == 0  # copied once
+    rewards = itertools.chain([0.1, 0.9], itertools.repeat(0.5))  # after 0, 2, 4, … steps
+    monkeypatch.setattr(train, "validate", lambda run, s: {
+        "validation_reward": next(rewards), "validation_accuracy": 0.0})
+    run("--steps", "8", "--stop-after", "6")
+    best = (FOLDER / "best/model.safetensors").read_bytes()
+    assert [p.name for p in checkpoint.checkpoints(FOLDER)] == ["step_4", "step_6"]
+    damage(FOLDER / "checkpoints/step_6/trainer.pt", "flipped")
+    assert resume("--stop-after", "5") == 0  # copied once
     assert resume() == 0 and not (FOLDER / "best.2").exists() and (FOLDER / "test.json").exists()
     assert (FOLDER / "best/model.safetensors").read_bytes() == best
 
