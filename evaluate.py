@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 import judge
 import rewards
-from checkpoint import locked
 from intervals import (
     LEAST_P,
     bootstrap,
@@ -52,6 +51,7 @@ from model import (
     read_json,
     write_whole,
 )
+from plumbing.checkpoint import locked
 from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 

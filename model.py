@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import parallel
+from plumbing import parallel
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 ARCHITECTURE = "qwen2"  # `model_type` in config.json

@@ -6,7 +6,7 @@ What it leaves  the objective to objectives.py, sampling to rollout.py, the netw
                 the task to rewards.py, accuracy to evaluate.py.
 Run it alone    python train.py --alpha 0.1            (laptop: the embedded default; GPU: Qwen2.5)
 Where to fork   `train` is the loop; `update` is all that happens to one rollout. A new objective is
-                a function in objectives.py, a new setting one line in settings.py.
+                a function in objectives.py, a new setting one line in plumbing/settings.py.
 
 Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives.py has two more:
   1. The reward is correctness plus 0.05 for a clean format (rewards.py says when); `--reward
@@ -45,17 +45,6 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-import parallel
-from checkpoint import (
-    append_rows,
-    checkpoints,
-    copy_model,
-    cut_rows,
-    enter,
-    newest_whole,
-    save_checkpoint,
-    set_aside,
-)
 from curves import draw_curves
 from evaluate import answer, grade, sample_answers, summarise
 from model import Qwen2, is_out_of_memory, read_json, write_json, write_whole
@@ -66,9 +55,20 @@ from objectives import (
     ratio_diagnostics,
     reduction_weights,
 )
+from plumbing import parallel
+from plumbing.checkpoint import (
+    append_rows,
+    checkpoints,
+    copy_model,
+    cut_rows,
+    enter,
+    newest_whole,
+    save_checkpoint,
+    set_aside,
+)
+from plumbing.settings import chosen_objective, read_settings
 from rewards import SETS, build_prompt, load_problems, name_of, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, places_for
-from settings import chosen_objective, read_settings
 
 HERE = Path(__file__).resolve().parent
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training

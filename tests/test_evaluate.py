@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import evaluate
 import intervals
 from model import Qwen2
+from plumbing import checkpoint
 from rewards import Problem, build_prompt, load_problems
 
 ROOT = Path(evaluate.__file__).resolve().parent

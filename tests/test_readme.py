@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import evaluate
-import settings
 import train
+from plumbing import checkpoint, settings
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
 import rewards
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
+from plumbing import checkpoint
 from rollout import Rollout
 
 ROOT = Path(train.__file__).resolve().parent
@@ -389,7 +389,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
     def broken(ratio, advantage):
         raise RuntimeError("the size of tensor a must match")
     monkeypatch.setitem(OBJECTIVES, "noclip", broken)
-    monkeypatch.setattr("settings.check_settings", lambda *_: None)
+    monkeypatch.setattr("plumbing.settings.check_settings", lambda *_: None)
     with pytest.raises(RuntimeError, match="the size of tensor a"):
         run("--objective", "noclip", "--reward", "noise", "--validate-every", "100")
 
