@@ -41,17 +41,17 @@ from intervals import (
     verdict,
     welch,
 )
-from model import (
-    DTYPES,
-    Qwen2,
+from model import DTYPES, Qwen2
+from plumbing.checkpoint import locked
+from plumbing.hub import (
     checked_config,
     fingerprint,
     is_out_of_memory,
+    keep_freed_memory,
     model_folder,
     read_json,
     write_whole,
 )
-from plumbing.checkpoint import locked
 from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
@@ -778,6 +778,7 @@ def make_parser():
 
 
 def main(argv=None):
+    keep_freed_memory()
     parser = make_parser()
     args = parser.parse_args(argv)
     check_sampling(parser, args)

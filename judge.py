@@ -116,7 +116,7 @@ class LocalJudge:
     """A model folder or hub name, through model.py and rollout.py: greedy, then at 0.7."""
 
     def __init__(self, name, device, dtype, batch=64):
-        from model import fingerprint, model_folder
+        from plumbing.hub import fingerprint, model_folder
         self.name = f"{name} ({fingerprint(model_folder(name))[:12]}, {dtype})"
         self.where, self.batch = (name, device, dtype), batch
 

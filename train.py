@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from curves import draw_curves
 from evaluate import answer, grade, sample_answers, summarise
-from model import Qwen2, is_out_of_memory, read_json, write_json, write_whole
+from model import Qwen2
 from objectives import (
     group_advantages,
     kl_k3,
@@ -66,6 +66,7 @@ from plumbing.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from plumbing.hub import is_out_of_memory, keep_freed_memory, read_json, write_json, write_whole
 from plumbing.settings import chosen_objective, read_settings
 from rewards import SETS, build_prompt, load_problems, name_of, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, places_for
@@ -836,6 +837,7 @@ def peak_memory_gib(device):
 
 
 def main(argv=None):
+    keep_freed_memory()
     s, folder = read_settings(argv)
     return train(s, folder, stop_on_signals())
 

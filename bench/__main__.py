@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from bench import ours, peers
+from plumbing.hub import keep_freed_memory
 from rollout import flat_batch
 from train import git, peak_memory_gib
 
@@ -394,6 +395,7 @@ def make_parser():
 
 
 def main(argv=None):
+    keep_freed_memory()
     parser = make_parser()
     args = parser.parse_args(argv)
     on_gpu = args.device.startswith("cuda")

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import rollout
 import train
-from model import DTYPES, Qwen2, checked_config
+from model import DTYPES, Qwen2
 from objectives import group_advantages
+from plumbing.hub import checked_config
 from plumbing.settings import make_parser
 from rollout import Sampler, generate
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import hash_file, read_json, write_json, write_whole
+from plumbing.hub import hash_file, read_json, write_json, write_whole
 
 SUMS = "checksums.json"
 

@@ -18,9 +18,10 @@ from types import SimpleNamespace
 
 import torch
 
-from model import DTYPES, read_json
+from model import DTYPES
 from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from plumbing import parallel
+from plumbing.hub import read_json
 from rewards import MODES
 from rollout import check_sampling
 

@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from evaluate import style  # noqa: E402
 from judge import read_marks, read_preference  # noqa: E402
-from model import Qwen2, write_json  # noqa: E402
+from model import Qwen2  # noqa: E402
 from plumbing.checkpoint import fault, save_checkpoint  # noqa: E402
+from plumbing.hub import write_json  # noqa: E402
 from plumbing.settings import make_parser, read_settings  # noqa: E402
 from rewards import (  # noqa: E402
     SCORERS,
