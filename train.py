@@ -67,8 +67,9 @@ from plumbing.checkpoint import (
     set_aside,
 )
 from plumbing.hub import is_out_of_memory, keep_freed_memory, read_json, write_json, write_whole
+from plumbing.problems import SETS, name_of
 from plumbing.settings import chosen_objective, read_settings
-from rewards import SETS, build_prompt, load_problems, name_of, reward
+from rewards import build_prompt, load_problems, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, places_for
 
 HERE = Path(__file__).resolve().parent

@@ -22,6 +22,7 @@ from judge import read_marks, read_preference  # noqa: E402
 from model import Qwen2  # noqa: E402
 from plumbing.checkpoint import fault, save_checkpoint  # noqa: E402
 from plumbing.hub import write_json  # noqa: E402
+from plumbing.problems import read_problems  # noqa: E402
 from plumbing.settings import make_parser, read_settings  # noqa: E402
 from rewards import (  # noqa: E402
     SCORERS,
@@ -30,7 +31,6 @@ from rewards import (  # noqa: E402
     extract_answer,
     has_format,
     is_correct,
-    read_problems,
     reward,
 )
 from rollout import flat_batch  # noqa: E402
