@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import judge
-from intervals import (
+from evaluation import judge
+from evaluation.intervals import (
     LEAST_P,
     bootstrap,
     interval_of,

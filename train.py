@@ -45,8 +45,8 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from curves import draw_curves
 from evaluate import answer, grade, sample_answers, summarise
+from evaluation.figures import draw_curves
 from model import Qwen2
 from objectives import (
     group_advantages,

@@ -9,8 +9,8 @@ import re
 import statistics
 from pathlib import Path
 
+from evaluation.intervals import over_seeds, sign_flips
 from experiments.cells import AGES, ALPHAS, EPOCHS, EXPERIMENTS, FIFTH, FOUR, RATE, TIMES, seeds
-from intervals import over_seeds, sign_flips
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import evaluate
-import intervals
+from evaluation import intervals
 from model import Qwen2
 from plumbing import checkpoint
 from rewards import Problem, build_prompt, load_problems

@@ -4,7 +4,7 @@ What it does    asks a local model or an OpenAI-compatible endpoint about answer
                 is not told, and believes nothing but a reply that is exactly the JSON asked for.
                 Other replies are asked for again, then counted. Replies go to disk as they come.
 What it leaves  which answers are judged, and the statistics, to evaluate.py.
-Run it alone    python judge.py        shows both prompts
+Run it alone    python -m evaluation.judge        shows both prompts
 Where to fork   the rubric is ASPECTS; raise PROMPT_VERSION with every change of a prompt.
 """
 import concurrent.futures
