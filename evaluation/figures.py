@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from evaluation.tables import main_score
 from objectives import ARMS, gradient_weight
 
 OBJECTIVES_FIGURE = Path(__file__).resolve().parent.parent / "figures" / "objectives.png"
@@ -66,6 +67,38 @@ def draw_objectives(path=OBJECTIVES_FIGURE):
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
                   ncols=4)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_accuracy(summaries, path):
+    """Accuracy against temperature with 95 % intervals, a panel per set, a line per model."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sets = list(dict.fromkeys(s["data"] for s in summaries))
+    models = list(dict.fromkeys(s["model"] for s in summaries))
+    temperatures = sorted({s["temperature"] for s in summaries})
+    span = temperatures[-1] - temperatures[0] or 1.0
+    figure, panels = plt.subplots(1, len(sets), figsize=(1.5 + 3.5 * len(sets), 3.6), sharey=True,
+                                  squeeze=False, layout="constrained")
+    for data, panel in zip(sets, panels[0]):
+        for i, model in enumerate(models):
+            found = sorted((s for s in summaries if (s["data"], s["model"]) == (data, model)),
+                           key=lambda s: s["temperature"])
+            key = main_score(found)
+            y = [s[key] for s in found]
+            low, high = zip(*(s[f"{key}_interval"] for s in found))
+            errors = [[max(v - a, 0) for v, a in zip(y, low)],
+                      [max(b - v, 0) for v, b in zip(y, high)]]
+            x = [s["temperature"] + 0.01 * span * (i - (len(models) - 1) / 2) for s in found]
+            panel.errorbar(x, y, errors, fmt="o-", capsize=3, markersize=4, label=model)
+        panel.set(title=f"{data} ({key})", xlabel="temperature", ylim=(-0.02, 1.02),
+                  xticks=temperatures,
+                  xlim=(temperatures[0] - 0.1 * span, temperatures[-1] + 0.1 * span))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("accuracy, 95 % intervals")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

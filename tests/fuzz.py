@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import style  # noqa: E402
 from evaluation.judge import read_marks, read_preference  # noqa: E402
+from evaluation.style import style  # noqa: E402
 from model import Qwen2  # noqa: E402
 from plumbing.checkpoint import fault, save_checkpoint  # noqa: E402
 from plumbing.hub import write_json  # noqa: E402
