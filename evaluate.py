@@ -48,13 +48,8 @@ from evaluation.tables import (
 )
 from model import DTYPES, Qwen2
 from plumbing.checkpoint import locked
-from plumbing.hub import (
-    fingerprint,
-    is_out_of_memory,
-    keep_freed_memory,
-    model_folder,
-    write_whole,
-)
+from plumbing.files import write_whole
+from plumbing.hub import fingerprint, is_out_of_memory, keep_freed_memory, model_folder
 from plumbing.latex import ungraded
 from plumbing.problems import read_problems, report_dropped
 from rewards import INSTRUCTION, SCORERS, build_prompt, extract_answer, has_format, is_correct

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from model import DTYPES
-from plumbing.hub import checked_config, read_json
+from plumbing.files import read_json
+from plumbing.hub import checked_config
 
 CHUNK = 6  # chosen: answers are kept in chunks of 6 × the rows in flight; a kill costs one chunk
 

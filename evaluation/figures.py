@@ -8,12 +8,12 @@ Run it alone    python -m evaluation.figures RUN …     curves.png of these run
 Where to fork   PANELS names what is drawn of a run.
 """
 import gc
-import json
 import sys
 from pathlib import Path
 
 from evaluation.tables import main_score
 from objectives import ARMS, gradient_weight
+from plumbing.files import read_rows
 
 OBJECTIVES_FIGURE = Path(__file__).resolve().parent.parent / "figures" / "objectives.png"
 PANELS = {"reward": ["reward_mean", "validation_reward"],
@@ -28,11 +28,10 @@ def draw_curves(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     points = {key: ([], []) for keys in PANELS.values() for key in keys}  # steps, values
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            for key in points.keys() & row.keys():
-                points[key][0].append(row["step"])
-                points[key][1].append(row[key])
+    for row in read_rows(folder / "metrics.jsonl"):
+        for key in points.keys() & row.keys():
+            points[key][0].append(row["step"])
+            points[key][1].append(row[key])
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, PANELS.items()):
         for key, style in zip(keys, ("-", "--", ":")):

@@ -21,7 +21,7 @@ import torch
 from model import DTYPES
 from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from plumbing import parallel
-from plumbing.hub import read_json
+from plumbing.files import read_json
 from rewards import MODES
 from rollout import check_sampling
 
