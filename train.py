@@ -45,7 +45,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from evaluate import answer, grade, sample_answers, summarise
+from evaluate import answer_problems, answer_rows, grade, sample_answers, summarise
 from evaluation.figures import draw_curves
 from model import Qwen2
 from objectives import (
@@ -511,7 +511,7 @@ class GradingError(Exception):
 def graded(rollout, problems, tokenizer, s, step, first=0):
     """Rows as evaluate.grade makes them, with their reward. first: number of the first group, every
     n-th of which this process has."""
-    rows = grade(rollout, problems, tokenizer)
+    rows = grade(answer_rows(rollout, problems, tokenizer), problems)
     for i, row in enumerate(rows):
         group, sample = divmod(i, rollout.group_size)
         b = (first + group * parallel.n_processes()) * rollout.group_size + sample
@@ -795,8 +795,8 @@ def finish(s, folder, test):
     scores = []
     torch.set_float32_matmul_precision("highest")  # fp32 as evaluate.py's, and the same figures
     for path in (s.model, folder / "best"):
-        rows = answer(Qwen2.from_pretrained(path, s.device), test, max_rows=s.rollout_rows,
-                      progress="test")
+        rows = answer_problems(Qwen2.from_pretrained(path, s.device), test,
+                               max_rows=s.rollout_rows, progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": s.data, "n_problems": len(test),
                                       "base_strict": scores[0], "best_strict": scores[1]})
