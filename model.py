@@ -277,7 +277,7 @@ class Qwen2(nn.Module):
         """
         with torch.device("meta"):
             twin = Qwen2(self.config)
-        weights = {k: parallel.whole(v.detach()).to(self.compute_dtype)
+        weights = {k: parallel.unsharded(v.detach()).to(self.compute_dtype)
                    for k, v in self.state_dict().items()}
         twin.load_state_dict(weights, assign=True)
         for name in ("compute_dtype", "n_real_ids", "stop_ids", "tokenizer"):

@@ -60,8 +60,9 @@ from plumbing.checkpoint import (
     checkpoints,
     copy_model,
     cut_rows,
-    enter,
-    newest_whole,
+    keep_copy,
+    lock_run,
+    newest_undamaged,
     save_checkpoint,
     set_aside,
 )
@@ -178,7 +179,7 @@ def update(run, minibatches, s):
     for epoch in range(s.epochs):
         for minibatch in minibatches:
             run.state["optimizer_steps"] += 1
-            skipped = not parallel.anybody(minibatch)
+            skipped = not parallel.any_process(minibatch)
             run.state["skipped_steps"] += skipped
             for micro in minibatch:
                 first_pass = micro.old_logp_M is None
@@ -213,7 +214,7 @@ def update(run, minibatches, s):
 def refresh(policy, model):
     """Copy a sharded model's weights into the whole copy that samples."""
     for mine, sharded in zip(policy.parameters(), model.parameters(), strict=True):
-        mine.copy_(parallel.whole(sharded))
+        mine.copy_(parallel.unsharded(sharded))
 
 
 def optimizer_step(run, s):
@@ -221,7 +222,7 @@ def optimizer_step(run, s):
     """
     parallel.sum_gradients(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.max_grad_norm)
-    norm = parallel.whole(norm)
+    norm = parallel.unsharded(norm)
     if not norm.isfinite():
         raise FloatingPointError(f"the gradient norm is {norm.item()} (a lower --learning-rate or "
                                  "--max-grad-norm may help)")
@@ -394,7 +395,7 @@ def prepare(s, folder):
 
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
-    checkpoint = newest_whole(folder) if s.resume else None
+    checkpoint = newest_undamaged(folder) if s.resume else None
     policy = model = Qwen2.from_pretrained(checkpoint or s.model, "cpu" if s.fsdp else s.device,
                                            s.dtype)
     model.checkpoint_activations = s.checkpoint_activations
@@ -636,13 +637,13 @@ def begin(s, folder):
           f"{s.dtype} on {s.device}, seed {s.seed}"
           + f", {parallel.n_processes()} processes" * (parallel.n_processes() > 1))
     try:
-        lock = enter(folder) if s.resume and first else None
+        lock = lock_run(folder) if s.resume and first else None
         run = prepare(s, folder)
         announce(s, run)
         if s.device.startswith("cuda"):
             try_largest_batch(run, s)
         if first:
-            run.lock = lock or enter(folder)
+            run.lock = lock or lock_run(folder)
             write_beginning(run, s, folder, settings)
         places = set(parallel.gather((run.step, run.resumed)))
     except Exception as e:
@@ -670,7 +671,7 @@ def write_beginning(run, s, folder, settings):
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
-            set_aside(folder / "best", move=False)
+            keep_copy(folder / "best")
         if run.best_step == run.step:  # it was perhaps killed before it wrote best/
             copy_model(run.checkpoint, folder / "best")
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -710,7 +711,7 @@ def train(s, folder, stopping=()):
             metrics, run.step = {"step": step, **metrics}, step
             if improved:
                 run.best, run.best_step = metrics["validation_reward"], step
-            stop = parallel.anybody(stopping)
+            stop = parallel.any_process(stopping)
             write_step(run, s, folder, metrics, rows, improved, stop or step == last)
             if stop or step == last:
                 parallel.gather("written")  # torchrun ends the others soon after the first ends

@@ -392,8 +392,8 @@ def judge_cells(judge, path, n_problems, cells, sets, sides):
               for cell, rows in cells.items()}
     every = [(question[cell.data, row["problem"]], row)
              for cell, rows in chosen.items() for row in rows]
-    marks, tally = mark_answers(judge, [q for q, _ in every],
-                                      [row["text"] for _, row in every], path)
+    marks, tally = mark_answers(judge, [q for q, _ in every], [row["text"] for _, row in every],
+                                path)
     for (_, row), mark in zip(every, marks):
         row |= {f"judge_{aspect}": n for aspect, n in (mark or {}).items()}
     tallies, preferences = {"marks": tally}, {}

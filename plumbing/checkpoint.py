@@ -1,13 +1,14 @@
 """The files of a run: checkpoints that survive a crash, rows that no step writes twice.
 
-What it does    writes a checkpoint whole or not at all, finds the newest one that is undamaged,
-                cuts the logs back to it, and lets one process at a time into a run's folder.
-What it leaves  what is in a checkpoint to train.py, the format of the model to model.py.
+What it does    writes a checkpoint whole or not at all, finds the newest undamaged one, cuts the
+                logs back to that checkpoint, and lets one process at a time into a run's folder.
+Not here        what is in a checkpoint (train.py), the format of the model (model.py), JSON lines
+                (files.py).
 Run it alone    python -m plumbing.checkpoint RUN …      checks every file of every checkpoint
-Where to fork   another store (a bucket, a second disk): `save_checkpoint` and `newest_whole`.
+Where to fork   another store (a bucket, a second disk): `save_checkpoint` and `newest_undamaged`.
 
-runs/<name>/checkpoints/step_N/ holds a model folder, trainer.pt and checksums.json, the SHA-256 of
-every other file, which is written last. A folder under another name is unfinished.
+runs/<name>/checkpoints/step_N/ holds a model folder, trainer.pt and, written last, checksums.json:
+the SHA-256 of every other file. A folder under another name is unfinished.
 """
 import fcntl
 import os
@@ -20,16 +21,17 @@ import torch
 from plumbing.files import json_lines, read_json, sha256, write_json, write_whole
 
 SUMS = "checksums.json"
+BYTES_PER_PARAMETER = 16.5  # fp32 weights, both moments of AdamW, and perhaps a copy as best/
 
 
 # ------------------------------------------------------------------ checkpoints
 
 def save_checkpoint(folder, model, trainer, keep, weights=None):
-    """Write checkpoints/step_N/, N = trainer["step"]; only the newest `keep` stay. Returns it.
+    """Write checkpoints/step_N/, N = trainer["step"], and return it; only the newest `keep` stay.
 
     model: a Qwen2. trainer: a dict that torch.load reads back with weights_only=True. weights: as
     in Qwen2.save_pretrained.
-    Raises OSError where the disk is full or cannot be written; what was there before stays.
+    Raises OSError where the disk is full or cannot be written; earlier checkpoints stay.
     """
     final = folder / "checkpoints" / f"step_{trainer['step']}"
     unfinished = final.with_name(final.name + ".partial")
@@ -37,8 +39,9 @@ def save_checkpoint(folder, model, trainer, keep, weights=None):
         for old in (folder / "checkpoints").glob("*.partial"):  # of a run that was killed
             shutil.rmtree(old)
         unfinished.mkdir(parents=True)
-        needed, free = 16.5 * sum(p.numel() for p in model.parameters()), free_bytes(folder)
-        if free < needed:  # fp32 weights, both moments of AdamW, and perhaps best/
+        needed = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+        free = free_bytes(folder)
+        if free < needed:
             raise OSError(f"it needs {needed / 2**30:.3f} GiB, {free / 2**30:.3f} GiB are free")
         model.save_pretrained(unfinished, weights)
         torch.save(trainer, unfinished / "trainer.pt")
@@ -48,12 +51,12 @@ def save_checkpoint(folder, model, trainer, keep, weights=None):
     except (OSError, RuntimeError) as e:  # torch.save raises the second
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"cannot write {final}: {str(e).partition(chr(10))[0]}") from e
-    discard(final)  # one of this step that was damaged, or is made again
+    remove_checkpoint(final)  # a damaged one of this step, or one that is made again
     unfinished.rename(final)
     flush(final.parent)
-    found = checkpoints(folder)  # newer ones are damaged, and no reason to let a whole one go
+    found = checkpoints(folder)  # newer ones are damaged: they do not push an undamaged one out
     for old in found[:max(found.index(final) + 1 - keep, 0)]:
-        discard(old)
+        remove_checkpoint(old)
     return final
 
 
@@ -69,28 +72,38 @@ def copy_model(checkpoint, folder):
     flush(folder)
 
 
-def set_aside(path, move=True):
-    """Keep a folder or file under another name, best.1, best.2, …, and say so; without `move` a
-    copy of a model's folder, once."""
-    if not path.exists():
-        return
-    earlier = [p for p in path.parent.glob(f"{path.name}.*")
-               if p.name[len(path.name) + 1:].isdigit()]
-    if not move:
-        weights = [p / "model.safetensors" for p in (path, *earlier)]
-        if sha256(weights[0]) in [sha256(p) for p in weights[1:] if p.exists()]:
-            return
-    kept = path.with_name(f"{path.name}.{len(earlier) + 1}")
-    path.rename(kept) if move else shutil.copytree(path, kept)
+def set_aside(path):
+    """Move a folder or file of a run out of the way, to best.1, best.2, …, and say so."""
+    if path.exists():
+        path.rename(warn_and_name(path))
+
+
+def keep_copy(folder):
+    """Copy a model's folder to best.1, best.2, … and say so, unless a copy has the same weights."""
+    if folder.exists():
+        copies = [p / "model.safetensors" for p in earlier(folder)]
+        if sha256(folder / "model.safetensors") not in [sha256(p) for p in copies if p.exists()]:
+            shutil.copytree(folder, warn_and_name(folder))
+
+
+def earlier(path):
+    """What was kept of a path before: best.1, best.2, … of best."""
+    return [p for p in path.parent.glob(f"{path.name}.*") if p.name[len(path.name) + 1:].isdigit()]
+
+
+def warn_and_name(path):
+    """The next free of the names best.1, best.2, …; a warning says that the path is kept there."""
+    kept = path.with_name(f"{path.name}.{len(earlier(path)) + 1}")
     print(f"warning    {path} may be of a step that is lost; it is kept as {kept}", file=sys.stderr)
+    return kept
 
 
 def free_bytes(folder):
     return shutil.disk_usage(folder).free
 
 
-def discard(path):
-    """Remove a checkpoint; killed half-way it is no longer found as one."""
+def remove_checkpoint(path):
+    """Remove a checkpoint. A half-removed one bears a name under which `checkpoints` skips it."""
     if path.exists():
         gone = path.rename(path.with_name(path.name + ".old.partial"))
         shutil.rmtree(gone)
@@ -111,8 +124,8 @@ def checkpoints(folder):
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def fault(checkpoint):
-    """What is wrong with a checkpoint's files, or None."""
+def damage_of(checkpoint):
+    """What is wrong with the files of a checkpoint, in words, or None."""
     try:
         sums = read_json(checkpoint / SUMS)
     except (OSError, ValueError) as e:
@@ -128,17 +141,17 @@ def fault(checkpoint):
     return None
 
 
-def newest_whole(folder):
-    """The newest undamaged checkpoint, or None where the run has not come to its first one.
+def newest_undamaged(folder):
+    """The newest undamaged checkpoint of a run, or None where the run has no checkpoint yet.
 
-    Damaged ones are named and left as they are. Raises ValueError where all of them are damaged.
+    A warning names each damaged checkpoint; its files stay. Raises ValueError if all are damaged.
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        wrong = fault(checkpoint)
-        if not wrong:
+        damage = damage_of(checkpoint)
+        if not damage:
             return checkpoint
-        print(f"warning    {checkpoint} is damaged ({wrong}); it is left as it is, the one before "
+        print(f"warning    {checkpoint} is damaged ({damage}); it is left as it is, the one before "
               "is tried", file=sys.stderr)
     if found:
         raise ValueError(f"--resume: every checkpoint of {folder} is damaged; start again under "
@@ -157,17 +170,19 @@ def cut_rows(path, step):
             and row["step"] <= step))
 
 
-def enter(folder):
-    """Make a run's folder and hold its lock until this process ends; OSError where another has it.
-    """
+def lock_run(folder):
+    """Make a run's folder and lock it until the returned file is closed, at the latest when this
+    process ends. Raises OSError where another process has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     return locked(folder / ".lock",
                   f"{folder} is in use by another process; choose another --name")
 
 
 def locked(path, why_not):
-    """The file, made if need be, open and locked until it is closed; OSError(why_not) where another
-    process has it."""
+    """Open a file, made if need be, and lock it until it is closed: the file.
+
+    Raises OSError(why_not) where another process has the lock.
+    """
     lock = open(path, "ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,11 +192,11 @@ def locked(path, why_not):
 
 
 if __name__ == "__main__":
-    faults = []
+    found = []
     for run in map(Path, sys.argv[1:] or ["runs/tiny-pspo-s0"]):
         for checkpoint in checkpoints(run):
-            faults.append(fault(checkpoint))
-            print(f"{checkpoint}: {faults[-1] or 'whole'}")
+            found.append(damage_of(checkpoint))
+            print(f"{checkpoint}: {found[-1] or 'whole'}")
         if not checkpoints(run):
             sys.exit(f"error: {run} has no checkpoint; expected the folder of a run")
-    sys.exit(any(faults))
+    sys.exit(any(found))

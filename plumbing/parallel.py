@@ -1,14 +1,15 @@
 """Several processes share one run: torchrun --nproc-per-node 8 train.py …
 
-What it does    starts torch.distributed where torchrun set it up, and offers what a step needs:
-                who am I, gather, sum the gradients, does anybody; and a model that lies in parts
-                with all processes (`shard`, `whole`).
-What it leaves  who samples and trains what to train.py. Without torchrun nothing happens here.
+What it does    joins the processes that torchrun started, and offers what a step needs of them:
+                their number, gather, a sum of gradients, a question to all. Also shards a model
+                over the processes, and makes whole tensors of sharded ones.
+Not here        which process samples and trains what: train.py. Without torchrun there is one
+                process, and nothing here changes anything.
 Run it alone    torchrun --nproc-per-node 2 -m plumbing.parallel    each process says who it is
 Where to fork   `shard` is FSDP2 as PyTorch has it; tensor parallelism would begin there.
 
-Every process makes the same calls here in the same order, whatever its part of a rollout looks
-like: that is what keeps them from waiting for each other for ever.
+Every process must make the same calls in the same order, even one that has nothing to train.
+Otherwise the processes wait for each other for ever.
 """
 import datetime
 import gc
@@ -19,15 +20,17 @@ import torch.distributed as dist
 
 
 def rank():
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def largest_share(n):
-    """The most of n things that one process has, where each has every n_processes-th."""
+    """How many of n things process 0 has, when they are dealt out in turn: the largest share."""
     return -(-n // n_processes())
 
 
 def n_processes():
+    """How many processes share the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -37,8 +40,10 @@ def launched():
 
 
 def start(device):
-    """Join the other processes, if torchrun started any; returns this one's device. Raises
-    ValueError where the GPUs do not suffice."""
+    """Join the other processes, if torchrun started any, and return the device of this process.
+
+    Raises ValueError where there are fewer GPUs than processes.
+    """
     if launched() and not dist.is_initialized():
         if device.startswith("cuda"):
             n = int(os.environ["LOCAL_RANK"])
@@ -55,6 +60,7 @@ def start(device):
 
 
 def stop():
+    """Leave the other processes."""
     if dist.is_initialized():
         gc.collect()  # a sharded model that outlives the group aborts now and then as Python ends
         dist.destroy_process_group()
@@ -70,19 +76,22 @@ def gather(value):
 
 
 def interleave(parts):
-    """One list from what `gather` made of each process's every n-th item, in the items' order."""
+    """Undo dealing out in turn: [[a, c], [b, d]], gathered from two processes, is [a, b, c, d]."""
     n = len(parts)
     return [parts[i % n][i // n] for i in range(sum(map(len, parts)))]
 
 
-def anybody(flag):
-    """Whether `flag` is true in any process."""
+def any_process(flag):
+    """Whether `flag` is true in at least one process."""
     return any(gather(bool(flag)))
 
 
 def sum_gradients(parameters):
-    """Add up every parameter's gradient over all processes; those without one count as zero. Of a
-    sharded model they were added up in the backward pass."""
+    """Replace the gradient of every parameter by its sum over all processes.
+
+    A process without a gradient counts as zero. The gradients of a sharded model stay: the backward
+    pass has added them up.
+    """
     if n_processes() > 1:
         for p in parameters:
             if hasattr(p, "full_tensor"):
@@ -95,8 +104,9 @@ def sum_gradients(parameters):
 # ------------------------------------------------------------------ a model in parts (FSDP2)
 
 def shard(model, device):
-    """Leave each process its part of every parameter, gradient and moment of AdamW; a layer is
-    whole while it computes (FSDP2, arXiv:2304.11277). model: a Qwen2 on the CPU."""
+    """Divide a model among the processes: each holds a part of every parameter (FSDP2,
+    arXiv:2304.11277), and so of every gradient and moment of AdamW. A layer is whole while it
+    computes. model: a Qwen2 on the CPU."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.partition(":")[0], (n_processes(),))
@@ -107,23 +117,24 @@ def shard(model, device):
     return model
 
 
-def whole(tensor):
-    """The tensor that a sharded one is a part of; another one as it is."""
+def unsharded(tensor):
+    """The whole of a tensor of which this process holds a part; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def collect(state):
-    """A state dict with whole tensors, on the CPU of process 0; the others get empty ones."""
+    """A sharded state dict with whole tensors on the CPU of process 0; other processes get empty
+    tensors. A state dict that is not sharded stays as it is."""
     if isinstance(state, dict):
         return {key: collect(value) for key, value in state.items()}
     if not hasattr(state, "full_tensor"):
         return state
-    tensor = whole(state.detach())
+    tensor = unsharded(state.detach())
     return tensor.cpu() if rank() == 0 else tensor.new_empty(0)
 
 
 def distribute(optimizer_state, parameters):
-    """The way back: a state dict of AdamW with its moments sharded like their parameters."""
+    """Undo `collect` for a state dict of AdamW: shard each moment like its parameter."""
     for i, moments in optimizer_state["state"].items():
         p = parameters[i]
         if hasattr(p, "full_tensor"):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from evaluation.judge import read_marks, read_preference  # noqa: E402
 from evaluation.style import style  # noqa: E402
 from model import Qwen2  # noqa: E402
-from plumbing.checkpoint import fault, save_checkpoint  # noqa: E402
+from plumbing.checkpoint import damage_of, save_checkpoint  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 from plumbing.problems import read_problems  # noqa: E402
 from plumbing.settings import make_parser, read_settings  # noqa: E402
@@ -144,7 +144,7 @@ def load_model(path):
 def load_run(path):
     """What --resume reads: the settings, and a checkpoint's sums."""
     if path.name == "checksums.json":
-        wrong = fault(path.parent)
+        wrong = damage_of(path.parent)
         if wrong:
             raise ValueError(f"{path}: {wrong}")
         return

@@ -54,7 +54,7 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_it_is_used(capsys
             shutil.copytree("saved", "runs")
             damage(FOLDER / "checkpoints/step_4" / name, how)
             before = {p: p.read_bytes() for p in (FOLDER / "checkpoints/step_4").iterdir()}
-            found = checkpoint.newest_whole(FOLDER)
+            found = checkpoint.newest_undamaged(FOLDER)
             said = capsys.readouterr().err
             assert found.name == "step_2" and "step_4 is damaged" in said, (name, how)
             assert name in said or name == "checksums.json"  # which accuses another
@@ -177,7 +177,7 @@ def test_a_disk_that_fills_while_writing_keeps_what_is_there(tmp_path):
                 assert before == {p: p.read_bytes() for p in disk.rglob("*") if p.is_file()}
         finally:
             checkpoint.free_bytes = checkpoint_free
-        assert checkpoint.newest_whole(disk).name == "step_1"
+        assert checkpoint.newest_undamaged(disk).name == "step_1"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -261,11 +261,11 @@ def test_an_unfinished_folder_is_no_checkpoint_and_goes_away(tmp_path):
     model = Qwen2.from_pretrained("tiny")
     for name in ("step_9.partial", "step_3.old.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert checkpoint.checkpoints(tmp_path) == [] and checkpoint.newest_whole(tmp_path) is None
+    assert checkpoint.checkpoints(tmp_path) == [] and checkpoint.newest_undamaged(tmp_path) is None
     for step in (1, 2, 3):
         checkpoint.save_checkpoint(tmp_path, model, {"step": step}, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_3"]
     for step in (2, 3):
         damage(tmp_path / f"checkpoints/step_{step}/trainer.pt", "cut")
     checkpoint.save_checkpoint(tmp_path, model, {"step": 1}, keep=1)  # resumed from before them
-    assert checkpoint.newest_whole(tmp_path).name == "step_1"
+    assert checkpoint.newest_undamaged(tmp_path).name == "step_1"
