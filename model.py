@@ -4,7 +4,8 @@ What it does    `Qwen2.forward` takes the tokens of many sequences end to end on
                 the function `attend` it is handed knows which token may see which, so one forward
                 serves prefill, training and cached decoding, and nothing outside attention is
                 ever padded.
-What it leaves  the attention patterns to rollout.py, the loss to objectives.py.
+Not here        the attention patterns (rollout.py), the loss (objectives.py), the files of a model
+                (plumbing/hub.py).
 Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
 Where to fork   another architecture: `Layer` holds what is particular to Qwen2.5; ARCHITECTURE in
                 plumbing/hub.py names what `from_pretrained` accepts.
@@ -17,22 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import parallel
-from plumbing.files import read_json, write_json, write_whole
-from plumbing.hub import (
-    TOKENIZER_FILES,
-    checked_config,
-    find_stop_ids,
-    keep_freed_memory,
-    load_weights,
-    model_folder,
-    to_hub,
-)
+from plumbing import hub, parallel
+from plumbing.files import read_json
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the
 # chunked head, 110 and 883 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
@@ -138,7 +128,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = checked_config(config)
+        self.config = c = hub.checked_config(config)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c["vocab_size"], c["hidden_size"]),
             "layers": nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"])),
@@ -293,57 +283,32 @@ class Qwen2(nn.Module):
         Raises FileNotFoundError (no such folder, model or file), ConnectionError (hub out of
         reach) and ValueError (another architecture, wrong or missing tensors).
         """
-        folder = model_folder(name_or_path)
-        try:
-            config = checked_config(read_json(folder / "config.json"))
-        except ValueError as e:
-            raise ValueError(f"{folder}: {e}") from e
+        folder = hub.model_folder(name_or_path)
+        config = hub.read_config(folder)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, folder, device)
+        hub.load_weights(model, folder, device)
         model.compute_dtype = DTYPES[dtype]
         if dtype == "tf32":
             torch.set_float32_matmul_precision("high")
         if (folder / "generation_config.json").exists():
             model.generation_config = read_json(folder / "generation_config.json")
-        model.tokenizer_files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES
-                                 if (folder / n).exists()}
-        if model.tokenizer_files:
-            from transformers import AutoTokenizer
-            try:
-                model.tokenizer = AutoTokenizer.from_pretrained(folder)
-                if not model.tokenizer.encode("1"):  # some damage shows only in use
-                    raise ValueError("it makes no token of '1'; is tokenizer.json there?")
-            except Exception as e:  # transformers raises whatever the damage led to
-                raise ValueError(f"{folder}: its tokenizer files cannot be used; expected whole "
-                                 f"ones of the hub ({type(e).__name__}: {str(e)[:200]})") from e
+        model.tokenizer, model.tokenizer_files = hub.load_tokenizer(folder)
+        if model.tokenizer:
             model.n_real_ids = min(len(model.tokenizer), config["vocab_size"])
-        model.stop_ids = find_stop_ids(model.tokenizer, config, model.generation_config)
+        model.stop_ids = hub.find_stop_ids(model.tokenizer, config, model.generation_config)
         return model
 
     def save_pretrained(self, folder, weights=None):
-        """Write a folder in the hub's format: fp32 weights, configs and tokenizer. Each file is
-        written at once or not at all. weights: a state dict, where they lie with many processes.
-        Raises OSError where it cannot be written."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous()
-                   for k, v in to_hub(weights or self.state_dict(), self.config).items()}
-        part = folder / "model.safetensors.part"
-        try:
-            save_file(weights, part, metadata={"format": "pt"})
-        except SafetensorError as e:  # a full disk, most often
-            part.unlink(missing_ok=True)
-            raise OSError(f"cannot write {part}: {e}") from e
-        part.replace(folder / "model.safetensors")
-        # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
-        config = {**self.config, "dtype": "float32", "torch_dtype": "float32",
-                  "architectures": ["Qwen2ForCausalLM"]}
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json",
-                   {**self.generation_config, "eos_token_id": self.stop_ids})
-        for name, content in self.tokenizer_files.items():
-            write_whole(folder / name, content)
+        """Write a folder in the hub's format: fp32 weights, configs and tokenizer.
+
+        Each file is written at once or not at all. weights: a state dict to write instead of the
+        model's own, as `parallel.collect` makes of a sharded model.
+        Raises OSError where the folder cannot be written.
+        """
+        hub.save_model(Path(folder), weights or self.state_dict(), self.config,
+                       {**self.generation_config, "eos_token_id": self.stop_ids},
+                       self.tokenizer_files)
 
 
 def gradient_of(loss, logp_M, chunk):
@@ -354,7 +319,7 @@ def gradient_of(loss, logp_M, chunk):
 
 
 def main():
-    keep_freed_memory()
+    hub.keep_freed_memory()
     parser = argparse.ArgumentParser(description="Parameter table, and parity with transformers.")
     parser.add_argument("model", nargs="?", default="tiny", help="hub name or folder")
     name = parser.parse_args().model
@@ -371,7 +336,7 @@ def main():
     from transformers import AutoModelForCausalLM
 
     from rollout import SharedPromptAttention  # only here: rollout.py stands above this file
-    theirs = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(hub.model_folder(name), dtype=torch.float32)
     ids = torch.arange(32) * 997 % qwen.n_real_ids
     with torch.no_grad():
         ours = qwen.logits(qwen(ids, torch.arange(32), SharedPromptAttention([32], [[]])))

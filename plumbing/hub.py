@@ -14,43 +14,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from plumbing.files import hash_file, hub_errors, read_json
+from plumbing.files import hash_file, hub_errors, read_json, write_json, write_whole
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
 ARCHITECTURE = "qwen2"  # `model_type` in config.json
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def to_hub(weights, c):
-    """The same tensors under the hub's names: there q, k and v are three matrices, here one."""
-    width = {"q_proj": c["num_attention_heads"] * c["head_dim"],
-             "k_proj": c["num_key_value_heads"] * c["head_dim"],
-             "v_proj": c["num_key_value_heads"] * c["head_dim"],
-             "gate_proj": c["intermediate_size"], "up_proj": c["intermediate_size"]}
-    hubs = {}
-    for name, x in weights.items():
-        whole = name.split(".")[-2]
-        parts = FUSED.get(whole, [whole])
-        widths = [width[part] for part in parts] if whole in FUSED else [len(x)]
-        for part, piece in zip(parts, x.split(widths)):
-            hubs[name.replace(whole, part)] = piece
-    return hubs
-
-
-def from_hub(weights):
-    """The way back."""
-    for whole, (first, *others) in FUSED.items():
-        for name in [name for name in weights if f".{first}." in name]:
-            pieces = [weights.pop(name.replace(first, part)) for part in (first, *others)]
-            weights[name.replace(first, whole)] = torch.cat(pieces)
-    return weights
 
 
 def fingerprint(folder):
@@ -91,6 +63,14 @@ def model_folder(name_or_path):
             f"{name}: no such folder here, and the model hub did not deliver it "
             f"({type(e).__name__}: {' '.join(str(e).split())[:200]}); try again, allow access to "
             "the hub, or give a local model folder") from e
+
+
+def read_config(folder):
+    """The checked config.json of a folder; ValueError names the folder."""
+    try:
+        return checked_config(read_json(folder / "config.json"))
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from e
 
 
 def checked_config(config):
@@ -135,6 +115,35 @@ def checked_config(config):
     return c
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def to_hub(weights, c):
+    """Give a model's tensors the hub's names, and split the matrices that are joined here: q, k, v;
+    gate, up. c: the model's config."""
+    width = {"q_proj": c["num_attention_heads"] * c["head_dim"],
+             "k_proj": c["num_key_value_heads"] * c["head_dim"],
+             "v_proj": c["num_key_value_heads"] * c["head_dim"],
+             "gate_proj": c["intermediate_size"], "up_proj": c["intermediate_size"]}
+    hubs = {}
+    for name, x in weights.items():
+        joined = name.split(".")[-2]
+        parts = FUSED.get(joined, [joined])
+        widths = [width[part] for part in parts] if joined in FUSED else [len(x)]
+        for part, piece in zip(parts, x.split(widths)):
+            hubs[name.replace(joined, part)] = piece
+    return hubs
+
+
+def from_hub(weights):
+    """Undo `to_hub`: join q, k and v, and gate and up, and give them the names used here."""
+    for joined, (first, *others) in FUSED.items():
+        for name in [name for name in weights if f".{first}." in name]:
+            pieces = [weights.pop(name.replace(first, part)) for part in (first, *others)]
+            weights[name.replace(first, joined)] = torch.cat(pieces)
+    return weights
+
+
 def load_weights(model, folder, device):
     """Fill `model` with the fp32 weights of every safetensors file of the folder."""
     index = folder / "model.safetensors.index.json"
@@ -168,6 +177,23 @@ def load_weights(model, folder, device):
     model.load_state_dict(from_hub(weights), assign=True)
 
 
+def load_tokenizer(folder):
+    """(the transformers tokenizer of a folder or None, {name: bytes} of its files)."""
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES
+             if (folder / name).exists()}
+    if not files:
+        return None, files
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not tokenizer.encode("1"):  # some damage shows only in use
+            raise ValueError("it makes no token of '1'; is tokenizer.json there?")
+    except Exception as e:  # transformers raises whatever the damage led to
+        raise ValueError(f"{folder}: its tokenizer files cannot be used; expected whole ones of "
+                         f"the hub ({type(e).__name__}: {str(e)[:200]})") from e
+    return tokenizer, files
+
+
 def find_stop_ids(tokenizer, config, generation_config):
     """Every id that ends a completion: eos ids of all three files and the chat's end of turn."""
     ids = set()
@@ -190,6 +216,25 @@ def find_stop_ids(tokenizer, config, generation_config):
             after = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
             ids |= set(after[:1]) & set(tokenizer.added_tokens_decoder)
     return sorted(ids - {None})
+
+
+def save_model(folder, weights, config, generation_config, tokenizer_files):
+    """Write a model's folder, fp32, each file at once or not at all; OSError where that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in to_hub(weights, config).items()}
+    part = folder / "model.safetensors.part"
+    try:
+        save_file(weights, part, metadata={"format": "pt"})
+    except SafetensorError as e:  # a full disk, most often
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {part}: {e}") from e
+    part.replace(folder / "model.safetensors")
+    # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
+    write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32",
+                                        "architectures": ["Qwen2ForCausalLM"]})
+    write_json(folder / "generation_config.json", generation_config)
+    for name, content in tokenizer_files.items():
+        write_whole(folder / name, content)
 
 
 # ------------------------------------------------------------------ memory of the process
