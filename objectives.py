@@ -3,8 +3,7 @@
 What it does    turns rewards into advantages, and log-probabilities into a loss. An objective is a
                 function of (ratio, advantage), token by token; how tokens are averaged is a
                 separate choice, a weight per token fixed before the optimizer step begins.
-What it leaves  everything with a model in it, figures to evaluation/figures.py. Only torch is
-                imported.
+Not here        everything with a model in it; figures (evaluation/figures.py). Imports only torch.
 Run it alone    python objectives.py     the table of gradient weight against ratio
 Where to fork   write a function of (ratio, advantage, settings…), add it to OBJECTIVES: its
                 settings become flags of train.py, with the defaults that stand in its signature.
@@ -16,8 +15,7 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe:
      nothing else bounds r in PSPO. Tokens whose own ratio is clamped are counted.
   2. A group whose rewards are all equal gets advantages of exactly 0, not rounding over 1e-4.
 
-Axis letters: P prompts, G completions per prompt, B = P·G, N completion tokens end to end (these
-are the M of the other files, whose N counts prompt tokens too).
+Axis letters: P prompts, G completions per prompt, B = P·G, M completion tokens end to end.
 """
 from functools import partial
 
@@ -25,18 +23,29 @@ import torch
 
 STD_EPSILON = 1e-4  # added to a group's standard deviation, as TRL's GRPOTrainer does
 MAX_LOG_RATIO = 20.0  # chosen: e²⁰ is 5e8, far past any use, and its square is still finite fp32
+DIAGNOSTIC_EPSILON = 0.2  # the ε of the diagnostics, chosen: the default of `clip`
 REDUCTIONS = ("token", "sequence", "constant")
 RATIO_LEVELS = ("token", "sequence")
 
 
 def group_advantages(reward_PG, scale="std"):
-    """How much better each completion is than the others of its prompt.
+    """Measure how much better each completion is than the others of its prompt.
 
     A = (R − mean(R)) / (std(R) + 1e-4) within a group, std with n − 1 (GRPO, arXiv:2402.03300);
     scale="none" leaves the division out (Dr. GRPO, arXiv:2503.20783).
     reward_PG: (P, G) float, G ≥ 2, finite. Returns (P, G), exactly 0 where a group is all equal.
     Raises ValueError for another shape, a non-finite reward or an unknown scale.
     """
+    check_rewards(reward_PG, scale)
+    advantage_PG = reward_PG - reward_PG.mean(1, keepdim=True)
+    if scale == "std":
+        advantage_PG = advantage_PG / (reward_PG.std(1, keepdim=True) + STD_EPSILON)
+    equal_P1 = (reward_PG == reward_PG[:, :1]).all(1, keepdim=True)
+    return advantage_PG.masked_fill(equal_P1, 0.0)
+
+
+def check_rewards(reward_PG, scale):
+    """The refusals of `group_advantages`."""
     if reward_PG.dim() != 2 or reward_PG.shape[1] < 2:
         raise ValueError(f"reward_PG has shape {tuple(reward_PG.shape)}; expected (prompts, group "
                          "size) with a group size of 2 or more: one completion has no one to beat")
@@ -44,11 +53,6 @@ def group_advantages(reward_PG, scale="std"):
         raise ValueError(f"reward_PG holds a value that is not finite: {reward_PG.tolist()}")
     if scale not in ("std", "none"):
         raise ValueError(f"scale is {scale!r}; expected 'std' or 'none'")
-    advantage_PG = reward_PG - reward_PG.mean(1, keepdim=True)
-    if scale == "std":
-        advantage_PG = advantage_PG / (reward_PG.std(1, keepdim=True) + STD_EPSILON)
-    equal_P1 = (reward_PG == reward_PG[:, :1]).all(1, keepdim=True)
-    return advantage_PG.masked_fill(equal_P1, 0.0)
 
 
 # ------------------------------------------------------------------ objectives, to be maximised
@@ -122,7 +126,7 @@ OBJECTIVES = {"pspo": pspo, "clip": clip, "noclip": noclip, "cispo": cispo, "sap
 # ------------------------------------------------------------------ from tokens to one loss
 
 def reduction_weights(length_B, reduction, max_length):
-    """For each completion of an optimizer step, the weight of every one of its tokens: (B,).
+    """Weigh the tokens of an optimizer step; all tokens of one completion weigh the same: (B,).
 
     token     1 / Σ lengths                 every token counts alike (DAPO, arXiv:2503.14476)
     sequence  1 / (B · length_b)            every completion counts alike (GRPO, arXiv:2402.03300)
@@ -142,40 +146,47 @@ def reduction_weights(length_B, reduction, max_length):
     return weight_B.float()
 
 
-def sequence_mean(x_N, sequence_N):
-    """The mean of x over each completion, at every one of its tokens: (N,)."""
-    _, inverse_N, length_B = torch.unique(sequence_N, return_inverse=True, return_counts=True)
-    sum_B = torch.zeros(len(length_B), dtype=x_N.dtype, device=x_N.device)
-    return (sum_B.index_add(0, inverse_N, x_N) / length_B)[inverse_N]
+def sequence_mean(x_M, sequence_M):
+    """Give every token the mean of x over the tokens of its completion: (M,)."""
+    _, inverse_M, length_B = torch.unique(sequence_M, return_inverse=True, return_counts=True)
+    sum_B = torch.zeros(len(length_B), dtype=x_M.dtype, device=x_M.device)
+    return (sum_B.index_add(0, inverse_M, x_M) / length_B)[inverse_M]
 
 
-def policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective,
+def policy_loss(logp_M, old_logp_M, advantage_M, weight_M, sequence_M, objective,
                 ratio_level="token"):
-    """−Σ weight · objective(ratio, advantage), and the tokens' log-ratios: (scalar, (N,) no grad).
+    """The loss of these tokens, −Σ weight · objective(ratio, advantage), and their log-ratios.
 
-    logp_N, old_logp_N: (N,) float, nats, of the sampled tokens; gradient flows through the first.
-    advantage_N: (N,) float. weight_N: (N,) float, fixed for the whole optimizer step, so that
+    logp_M, old_logp_M: (M,) float, nats, of the sampled tokens; gradient flows through the first.
+    advantage_M: (M,) float. weight_M: (M,) float, fixed for the whole optimizer step, so that
         losses of micro-batches add up to the loss of the step.
-    sequence_N: (N,) int, which completion a token belongs to. All tokens of it are here.
-    objective: (ratio_N, advantage_N) -> (N,), e.g. functools.partial(pspo, alpha=0.1).
-    ratio_level: "token", or "sequence" for the geometric mean of the ratios of a completion's
-        tokens as the ratio of each (GSPO, arXiv:2507.18071, Eq. 7: with `clip`, reduction
-        "sequence" and its own ε of 3e-4 and 4e-4).
+    sequence_M: (M,) int, the number of the completion that a token belongs to. A completion is here
+        with all its tokens.
+    objective: (ratio_M, advantage_M) -> (M,), e.g. functools.partial(pspo, alpha=0.1).
+    ratio_level: "token", or "sequence": every token of a completion has the geometric mean of the
+        ratios of all its tokens (GSPO, arXiv:2507.18071, Eq. 7, which goes with `clip`, reduction
+        "sequence", ε_low 3e-4 and ε_high 4e-4).
+    Returns (scalar, (M,) float, nats, no grad).
     Raises ValueError unless all five are vectors of one length, and for another ratio_level.
     """
-    tensors = {"logp_N": logp_N, "old_logp_N": old_logp_N, "advantage_N": advantage_N,
-               "weight_N": weight_N, "sequence_N": sequence_N}
-    if logp_N.dim() != 1 or any(x.shape != logp_N.shape for x in tensors.values()):
+    check_tokens(ratio_level, logp_M=logp_M, old_logp_M=old_logp_M, advantage_M=advantage_M,
+                 weight_M=weight_M, sequence_M=sequence_M)
+    log_ratio_M = logp_M - old_logp_M
+    exponent_M = log_ratio_M if ratio_level == "token" else sequence_mean(log_ratio_M, sequence_M)
+    ratio_M = exponent_M.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    loss = -(weight_M * objective(ratio_M, advantage_M)).sum()
+    return loss, log_ratio_M.detach()
+
+
+def check_tokens(ratio_level, **tensors):
+    """The refusals of `policy_loss`; tensors: its first five arguments by name."""
+    first, *others = tensors.values()
+    if first.dim() != 1 or any(x.shape != first.shape for x in others):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"expected vectors of one length, found {shapes}")
     if ratio_level not in RATIO_LEVELS:
         raise ValueError(f"ratio_level is {ratio_level!r}; expected one of "
                          f"{', '.join(RATIO_LEVELS)}")
-    log_ratio_N = logp_N - old_logp_N
-    used_N = log_ratio_N if ratio_level == "token" else sequence_mean(log_ratio_N, sequence_N)
-    ratio_N = used_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    loss = -(weight_N * objective(ratio_N, advantage_N)).sum()
-    return loss, log_ratio_N.detach()
 
 
 def kl_k3(logp_p, logp_q):
@@ -188,31 +199,32 @@ def kl_k3(logp_p, logp_q):
     return log_ratio.expm1() - log_ratio
 
 
-def clip_removes(ratio, advantage, epsilon=0.2):
-    """Where `clip` at this ε has no gradient, elementwise: bool."""
+def clip_removes(ratio, advantage, epsilon=DIAGNOSTIC_EPSILON):
+    """Say where `clip` with this ε on both sides has no gradient, elementwise: bool."""
     return ((ratio > 1 + epsilon) & (advantage > 0)) | ((ratio < 1 - epsilon) & (advantage < 0))
 
 
 @torch.no_grad()
-def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
-    """What the importance ratios of N tokens look like: a dict of floats (the README's glossary).
+def ratio_diagnostics(log_ratio_M, advantage_M, weight_M):
+    """Describe the importance ratios of M tokens: a dict of floats, by the names of the glossary.
 
-    `clip_removed` is the share of Σ weight·|A|·r on tokens where clip at ε = 0.2 has no gradient.
+    With ε = DIAGNOSTIC_EPSILON, `ratio_outside` is the share of tokens with |r − 1| > ε, and
+    `clip_removed` the share of Σ weight·|A|·r on tokens where a clip at ε has no gradient.
     """
-    log_ratio_N = log_ratio_N.double()
-    ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    p1, p50, p99 = torch.quantile(ratio_N, torch.tensor([.01, .5, .99]).to(ratio_N)).tolist()
-    outside_N = (ratio_N < 0.8) | (ratio_N > 1.2)
-    gradient_N = weight_N.double() * advantage_N.abs() * ratio_N
-    removed = (gradient_N[clip_removes(ratio_N, advantage_N)].sum()
-               / gradient_N.sum().clamp(min=1e-30))
+    log_ratio_M = log_ratio_M.double()
+    ratio_M = log_ratio_M.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    p1, p50, p99 = torch.quantile(ratio_M, torch.tensor([.01, .5, .99]).to(ratio_M)).tolist()
+    outside_M = (ratio_M < 1 - DIAGNOSTIC_EPSILON) | (ratio_M > 1 + DIAGNOSTIC_EPSILON)
+    gradient_M = weight_M.double() * advantage_M.abs() * ratio_M
+    removed = (gradient_M[clip_removes(ratio_M, advantage_M)].sum()
+               / gradient_M.sum().clamp(min=1e-30))
     return {"ratio_p1": p1, "ratio_p50": p50, "ratio_p99": p99,
-            "ratio_outside": outside_N.double().mean().item(),
+            "ratio_outside": outside_M.double().mean().item(),
             "clip_removed": removed.item(),
-            "kl_old_new": kl_k3(torch.zeros_like(log_ratio_N), log_ratio_N).mean().item(),
-            "effective_sample_size": (ratio_N.sum() ** 2 / ratio_N.square().sum()
-                                      / len(ratio_N)).item(),
-            "n_clamped": int((log_ratio_N.abs() > MAX_LOG_RATIO).sum())}
+            "kl_old_new": kl_k3(torch.zeros_like(log_ratio_M), log_ratio_M).mean().item(),
+            "effective_sample_size": (ratio_M.sum() ** 2 / ratio_M.square().sum()
+                                      / len(ratio_M)).item(),
+            "n_clamped": int((log_ratio_M.abs() > MAX_LOG_RATIO).sum())}
 
 
 # ------------------------------------------------------------------ run alone: a table

@@ -2,7 +2,7 @@
 
 What it does    states what the objectives, advantages, weights and estimators are, in numbers
                 worked by hand (in the comments) or by an independent computation.
-What it leaves  the model, the sampler, the grader and the loop to tests/.
+Not here        the model, the sampler, the grader and the loop (tests/).
 Run it alone    python -m pytest test_objectives.py -v
 Where to fork   a new objective: its values, its gradient, where its gradient vanishes.
 """
@@ -353,10 +353,10 @@ def test_the_first_optimizer_step_of_a_rollout_is_the_same_for_every_objective_b
     torch.testing.assert_close(gradient(pspo, ratio, advantage), 0.9 * advantage)
 
 
-@pytest.mark.parametrize("name", ["old_logp_N", "advantage_N", "weight_N", "sequence_N"])
+@pytest.mark.parametrize("name", ["old_logp_M", "advantage_M", "weight_M", "sequence_M"])
 def test_wrong_shapes_raise(name):
-    arguments = {key: torch.zeros(4) for key in ("logp_N", "old_logp_N", "advantage_N", "weight_N")}
-    arguments["sequence_N"] = torch.zeros(4, dtype=torch.int64)
+    arguments = {key: torch.zeros(4) for key in ("logp_M", "old_logp_M", "advantage_M", "weight_M")}
+    arguments["sequence_M"] = torch.zeros(4, dtype=torch.int64)
     for shape in ((3,), (4, 1), ()):
         wrong = {**arguments, name: torch.zeros(shape)}
         with pytest.raises(ValueError, match="one length"):

@@ -3,7 +3,7 @@
 What it does    Runs ours and the peers in turns, in one process, on the same weights, prompts,
                 lengths and threads; prints a table of medians and writes it, with every round, to
                 bench/results/. Peak memory is measured in a fresh process for each contender.
-What it leaves  the work to ours.py, the peers to peers.py (they need bench/requirements.txt).
+Not here        our work (ours.py), the peers' (peers.py; it needs bench/requirements.txt).
 Run it alone    python -m bench step --shape 24.9m --peers trl
                 python -m bench step --device cuda --shape qwen2.5-0.5b      the paper's step
 Where to fork   a shape is one line in ours.SHAPES, a contender one entry in a dict below.

@@ -1,9 +1,9 @@
 """A language model as judge: marks for single answers, and which of two answers is better.
 
-What it does    asks a local model or an OpenAI-compatible endpoint about answers whose authors it
-                is not told, and believes nothing but a reply that is exactly the JSON asked for.
-                Other replies are asked for again, then counted. Replies go to disk as they come.
-What it leaves  which answers are judged, and the statistics, to evaluate.py.
+What it does    asks a local model or an OpenAI-compatible endpoint about answers, without saying
+                whose they are, and believes a reply only if it is exactly the JSON asked for. Any
+                other reply is asked for again, then counted. Replies go to disk as they come.
+Not here        the statistics of marks and preferences (evaluate.py).
 Run it alone    python -m evaluation.judge        shows both prompts
 Where to fork   the rubric is ASPECTS; raise PROMPT_VERSION with every change of a prompt.
 """

@@ -1,7 +1,7 @@
 """Style of one answer: does it leak the prompt, repeat itself, compute truly?
 
 What it does    measures an answer's text; STYLE names the measures, their headings and formats.
-What it leaves  what is correct to rewards.py, opinions to judge.py.
+Not here        what is correct (rewards.py), opinions (judge.py).
 Run it alone    python -m evaluation.style TEXT …
 Where to fork   a measure is a line in `style` and one in STYLE. Answers on disk are measured anew
                 each time, so it costs no sampling.
@@ -28,12 +28,13 @@ COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operato
 
 
 def style(text):
-    """Measures of one answer's style; those of STYLE without tokens.
+    """Measure the style of one answer: a dict with what STYLE names, but for the tokens.
 
-    leakage: it repeats six words of the instruction in a row, has a role marker or a heading of a
-        new question, or asks something after its answer line. repeated: share of word 4-grams that
-        occurred before. non_ascii: share of letters. statements, true_statements: how many
-        `a op b = c`, and how many of them hold.
+    leakage: True if the answer repeats six words of the instruction in a row, has a role marker or
+        the heading of a new question, or asks something after its answer line.
+    repeated: the share of word 4-grams that occurred before. non_ascii: the share of letters.
+    statements: how many `a op b = c` the answer states; true_statements: how many of them hold.
+        "arithmetic" in STYLE is their quotient over all answers to a problem.
     """
     words, letters = text.split(), [c for c in text if c.isalpha()]
     grams = list(zip(*(words[i:] for i in range(4))))
@@ -52,14 +53,14 @@ def after_answer(text):
 
 
 def stands_alone(match):
-    """Whether `a op b = c` is no part of a longer term: not 2 + [3 * 4 = 12], [3 * 4 = 12] + 2."""
+    """Whether `a op b = c` is not part of a longer term, as it is in 2 + [3 * 4 = 12]."""
     before, after = match.string[:match.start()][-20:], match.string[match.end():][:20]
     return not (re.search(r"[\w)%] *[-+*/×x÷−·] *[$€£]?$", before)
                 or re.match(r" *[-+*/×x÷−·] *[$€£(]?\d", after))
 
 
 def holds(match):
-    """Whether a statement is true, c rounded to the digits it has."""
+    """Whether a statement is true when its left side is rounded to the digits that c has."""
     a, b, c = (Decimal(match[i].replace(",", "")) for i in (1, 3, 4))
     sign = match[2].translate(PLAIN_SIGN)
     if sign == "/" and not b:

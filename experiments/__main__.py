@@ -4,7 +4,7 @@ What it does    trains every cell of cells.py with every seed, one process a cor
                 is a row of results.jsonl, and a row that is there is not run again. Then it prints
                 the tables, puts them into the README, and draws the figures, which takes seconds
                 (the last two not for another file of rows).
-What it leaves  the cells to cells.py, a run to run.py, tables and figures to report.py.
+Not here        the cells (cells.py), a run (run.py), tables and figures (report.py).
 Run it alone    python -m experiments --draw      tables and figures of the recorded rows only
                 python -m experiments --results mine.jsonl    all of it again, into a new file
 """

@@ -1,9 +1,8 @@
 """What is run: every cell of every experiment, as flags.
 
 What it does    names the experiments, and of each the arms (rows of its table) and what varies.
-What it leaves  running to run.py and replay.py, tables and figures to report.py; what the flags
-                mean to plumbing/settings.py, those of experiments only to run.py and
-                replay.py.
+Not here        running (run.py, replay.py), tables and figures (report.py), what the flags mean
+                (plumbing/settings.py; those of experiments only: run.py, replay.py).
 Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERIMENTS; a new
                 objective a function, as log_pspo is.
 

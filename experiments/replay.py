@@ -5,7 +5,7 @@ What it does    `replay` trains with α = 0 and keeps every rollout; trains agai
                 also trains with α = 0 and the settings that the rule names for an α, which should
                 give the same weights. `live` names the first token in which two runs that sample
                 for themselves differ.
-What it leaves  training itself to train.py, the settings to cells.py.
+Not here        training itself (train.py), the settings (cells.py).
 Where to fork   `equal_run` is the rule; `trained` takes any flags.
 """
 import copy

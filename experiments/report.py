@@ -2,7 +2,7 @@
 
 What it does    turns rows of results.jsonl into Markdown tables and figures. A number is a mean
                 over seeds ± their standard deviation [95 % interval of the mean, Student's t].
-What it leaves  making rows to run.py, intervals to intervals.py.
+Not here        making rows (run.py), intervals (evaluation/intervals.py).
 Where to fork   a column is a line of TABLES; a figure a function.
 """
 import re

@@ -3,8 +3,8 @@
 What it does    calls train.train with the cell's flags, then answers the test problems.
                 Flags of its own: --stale, --noise and --unclipped put something in train.py's
                 place, --where looks on, --hopeless makes problems that cannot be solved.
-What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py;
-                cells with --replay or --live to replay.py.
+Not here        which cells there are (cells.py), which of them are still to run (__main__.py),
+                cells with --replay or --live (replay.py).
 Where to fork   what a row holds: `run_cell`.
 """
 import argparse
@@ -93,10 +93,10 @@ def old_log_probs_as_sampled(run, minibatches, s):
 def noisy(sd, generator):
     """`policy_loss` with fresh noise on the new log-probs, once an update has moved them: what a
     rounding that every update draws anew does to ratios."""
-    def noisy_policy_loss(logp_N, old_logp_N, *rest):
-        if not logp_N.equal(old_logp_N):
-            logp_N = logp_N + sd * torch.randn(logp_N.shape, generator=generator)
-        return policy_loss(logp_N, old_logp_N, *rest)
+    def noisy_policy_loss(logp_M, old_logp_M, *rest):
+        if not logp_M.equal(old_logp_M):
+            logp_M = logp_M + sd * torch.randn(logp_M.shape, generator=generator)
+        return policy_loss(logp_M, old_logp_M, *rest)
     return noisy_policy_loss
 
 
@@ -126,38 +126,38 @@ def watched(update, sd, generator, found):
 def where_clipped(total):
     """`policy_loss`, which adds to `total` the gradient's weight Σ w·|A|·r of the first token of
     answers with A > 0 and of all other tokens, and what a clip at 0.2 takes of both."""
-    def watched_policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, *rest):
-        ratio_N = (logp_N - old_logp_N).detach().exp()
-        gradient_N = weight_N * advantage_N.abs() * ratio_N
-        removed_N = clip_removes(ratio_N, advantage_N)
-        first_N = first_tokens(sequence_N) & (advantage_N > 0)
-        for name, tokens_N in (("first", first_N), ("others", ~first_N)):
-            total["gradient_" + name] += gradient_N[tokens_N].sum().item()
-            total["removed_" + name] += gradient_N[tokens_N & removed_N].sum().item()
-        return policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, *rest)
+    def watched_policy_loss(logp_M, old_logp_M, advantage_M, weight_M, sequence_M, *rest):
+        ratio_M = (logp_M - old_logp_M).detach().exp()
+        gradient_M = weight_M * advantage_M.abs() * ratio_M
+        removed_M = clip_removes(ratio_M, advantage_M)
+        first_M = first_tokens(sequence_M) & (advantage_M > 0)
+        for name, tokens_M in (("first", first_M), ("others", ~first_M)):
+            total["gradient_" + name] += gradient_M[tokens_M].sum().item()
+            total["removed_" + name] += gradient_M[tokens_M & removed_M].sum().item()
+        return policy_loss(logp_M, old_logp_M, advantage_M, weight_M, sequence_M, *rest)
     return watched_policy_loss
 
 
-def first_tokens(sequence_N):
+def first_tokens(sequence_M):
     """Which tokens are the first of their answer: bool."""
-    first_N = torch.ones_like(sequence_N, dtype=torch.bool)
-    first_N[1:] = sequence_N[1:] != sequence_N[:-1]
-    return first_N
+    first_M = torch.ones_like(sequence_M, dtype=torch.bool)
+    first_M[1:] = sequence_M[1:] != sequence_M[:-1]
+    return first_M
 
 
 def partly_clipped(unclipped):
     """`policy_loss` with no clip on these tokens: "first" of answers with A > 0, all "others",
     "every-first" whatever its A, "every-later"."""
-    def partly(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, objective, *rest):
-        every_N = first_tokens(sequence_N)
-        good_N = every_N & (advantage_N > 0)
-        free_N = {"first": good_N, "others": ~good_N,
-                  "every-first": every_N, "every-later": ~every_N}[unclipped]
+    def partly(logp_M, old_logp_M, advantage_M, weight_M, sequence_M, objective, *rest):
+        every_M = first_tokens(sequence_M)
+        good_M = every_M & (advantage_M > 0)
+        free_M = {"first": good_M, "others": ~good_M,
+                  "every-first": every_M, "every-later": ~every_M}[unclipped]
 
-        def mixed(ratio_N, advantage_N):
-            return torch.where(free_N, noclip(ratio_N, advantage_N),
-                               objective(ratio_N, advantage_N))
-        return policy_loss(logp_N, old_logp_N, advantage_N, weight_N, sequence_N, mixed, *rest)
+        def mixed(ratio_M, advantage_M):
+            return torch.where(free_M, noclip(ratio_M, advantage_M),
+                               objective(ratio_M, advantage_M))
+        return policy_loss(logp_M, old_logp_M, advantage_M, weight_M, sequence_M, mixed, *rest)
     return partly
 
 
