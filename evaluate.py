@@ -117,9 +117,9 @@ def answer_problems(model, problems, samples=1, temperature=0.0, top_p=1.0, max_
 # ------------------------------------------------------------------ summaries
 
 def by_problem(rows, key):
-    """The mean of a measure over each problem's samples, in order; None where it has none.
+    """The mean of a measure over the samples of each problem, in order; None if none has a value.
 
-    arithmetic is the share of true statements among all of a problem's.
+    "arithmetic" is the share of true statements among all statements in the answers to a problem.
     """
     groups = {}
     for row in rows:
@@ -182,7 +182,8 @@ def setting_of(model):
 
 
 def seed_summaries(summaries):
-    """For each setting of which two or more runs were evaluated: mean and interval over runs."""
+    """The scores of each setting of which two or more runs were evaluated: mean and interval over
+    the runs, a row for `seed_table`."""
     groups = {}
     for s in summaries:
         groups.setdefault((setting_of(s["model"]), s["data"], s["temperature"]), []).append(s)
@@ -200,11 +201,13 @@ def seed_summaries(summaries):
 
 
 def compare(a_runs, b_runs, key):
-    """B − A of one measure: dict with a, b, difference, interval, p, verdict; None without values.
+    """Compare two sides by one measure: a dict with a, b, difference (B − A), interval, p, verdict.
 
-    a_runs, b_runs: lists of runs (their rows) on the same problems. One run each: paired by
-    problem (those where both have a value), bootstrap and `sign_flips`. Several each: Welch over
-    runs, each one value, no p; None as interval where no run differs from its siblings.
+    a_runs, b_runs: lists of runs (their rows) on the same problems. With one run each, the problems
+        where both have a value are paired: bootstrap and `sign_flips`. With several runs each, a
+        run is one value: Welch's interval, no p; no interval where no run differs from its
+        siblings.
+    Returns None where a side has no values.
     """
     a, b = ([by_problem(rows, key) for rows in runs] for runs in (a_runs, b_runs))
     p = None

@@ -272,60 +272,42 @@ def make_judge(name, model, device, dtype, *settings):
 # ------------------------------------------------------------------ asking, with a memory
 
 def consult(judge, prompts, read, path, label):
-    """What the judge says to each prompt: ({prompt: value of `read`, or None}, tally).
+    """Ask the judge about each prompt: ({prompt: value, or None}, tally).
 
-    Replies in another form are asked for again, ATTEMPTS times in all; what then has no value stays
-    None. Each reply is a line of `path` at once; known ones are not asked for again, and a request
-    without a reply is made again by the next call.
-    tally: prompts; judged, those with a value; unreadable and no_reply, those without;
-        unreadable_replies of all prompts; tokens_read, tokens_written; faults, why no reply came.
+    read(reply) -> value; it raises ValueError for a reply in another form. Such a prompt is asked
+        again, up to ATTEMPTS times in all.
+    path: the file to which each reply goes at once. A reply that is there is not asked for again; a
+        request that brought no reply is made again by the next call.
+    tally: prompts; of them judged, those with a value, unreadable and no_reply, those without;
+        unreadable_replies, of all attempts; tokens_read, tokens_written; faults, why no reply came.
     Raises ValueError where the first ten requests bring no reply.
     """
-    def key(prompt, attempt):
-        return hashlib.sha256(json.dumps([judge.name, PROMPT_VERSION, REPLY_TOKENS, attempt, SYSTEM,
-                                          prompt]).encode()).hexdigest()
-    known = {}
-    if path.exists():
-        for _, row, fault in json_lines(path):
-            if not fault and row.keys() >= {"key", "reply", "tokens_read", "tokens_written"}:
-                known[row["key"]] = row["reply"], row["tokens_read"], row["tokens_written"]
     prompts = list(dict.fromkeys(prompts))
     values, silent, faults = {}, set(), Counter()
     tally = {"prompts": len(prompts), "judged": 0, "unreadable": 0, "no_reply": 0,
              "unreadable_replies": 0, "tokens_read": 0, "tokens_written": 0}
-    bar = tqdm(total=len(prompts), desc=label, unit="judgement", dynamic_ncols=True)
-
-    def settle(prompt, reply, n_read, n_written):
-        tally["tokens_read"] += n_read
-        tally["tokens_written"] += n_written
-        try:
-            values[prompt] = read(reply)
-            bar.update()
-        except ValueError:
-            tally["unreadable_replies"] += 1
+    known = known_replies(path)
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
+    with (open(path, "a", encoding="utf-8") as file,
+          tqdm(total=len(prompts), desc=label, unit="judgement", dynamic_ncols=True) as bar):
         file.write("\n" * torn)
         for attempt in range(ATTEMPTS):
             waiting = [p for p in prompts if p not in values and p not in silent]
-            new = [p for p in waiting if key(p, attempt) not in known]
-            for prompt in waiting:
-                if key(prompt, attempt) in known:
-                    settle(prompt, *known[key(prompt, attempt)])
-            for i, reply, *n_tokens, fault in judge.ask(new, attempt) if new else ():
+            for prompt, reply, n_read, n_written, fault in replies(judge, waiting, attempt, known,
+                                                                   file):
                 if reply is None:
-                    silent.add(new[i])
+                    silent.add(prompt)
                     faults[fault] += 1
                     if len(silent) == 10 and not values and not tally["unreadable_replies"]:
                         raise ValueError(f"{judge.name} gave no reply to ten requests: {fault}")
                     continue
-                file.write(json.dumps(
-                    {"key": key(new[i], attempt), "judge": judge.name, "attempt": attempt,
-                     "prompt_version": PROMPT_VERSION, "prompt": new[i], "reply": reply,
-                     "tokens_read": n_tokens[0], "tokens_written": n_tokens[1]}) + "\n")
-                file.flush()
-                settle(new[i], reply, *n_tokens)
-    bar.close()
+                tally["tokens_read"] += n_read
+                tally["tokens_written"] += n_written
+                try:
+                    values[prompt] = read(reply)
+                    bar.update()
+                except ValueError:
+                    tally["unreadable_replies"] += 1
     if prompts and not values:
         print(f"warning: {judge.name} said nothing that counts: {tally['unreadable_replies']} "
               f"replies are not the JSON asked for (see {path}), {len(silent)} did not come",
@@ -336,19 +318,54 @@ def consult(judge, prompts, read, path, label):
     return {p: values.get(p) for p in prompts}, tally
 
 
+def known_replies(path):
+    """{key: (reply, tokens read, tokens written)} of a file of replies; damaged lines do not count.
+    """
+    known = {}
+    for _, row, fault in json_lines(path) if path.exists() else ():
+        if not fault and row.keys() >= {"key", "reply", "tokens_read", "tokens_written"}:
+            known[str(row["key"])] = row["reply"], row["tokens_read"], row["tokens_written"]
+    return known
+
+
+def replies(judge, prompts, attempt, known, file):
+    """Yield (prompt, reply or None, tokens read, tokens written, fault) for each prompt.
+
+    The known replies come first. The judge is asked for the others, which go to the file at once.
+    """
+    new = {}  # prompt: key
+    for prompt in prompts:
+        key = hashlib.sha256(json.dumps([judge.name, PROMPT_VERSION, REPLY_TOKENS, attempt, SYSTEM,
+                                         prompt]).encode()).hexdigest()
+        if key in known:
+            yield prompt, *known[key], None
+        else:
+            new[prompt] = key
+    asked = list(new)
+    for i, reply, n_read, n_written, fault in judge.ask(asked, attempt) if asked else ():
+        if reply is not None:
+            file.write(json.dumps(
+                {"key": new[asked[i]], "judge": judge.name, "attempt": attempt,
+                 "prompt_version": PROMPT_VERSION, "prompt": asked[i], "reply": reply,
+                 "tokens_read": n_read, "tokens_written": n_written}) + "\n")
+            file.flush()
+        yield asked[i], reply, n_read, n_written, fault
+
+
 def mark_answers(judge, questions, answers, path):
-    """Five marks for each answer: (list of {aspect: 1…5} or None, tally)."""
+    """Ask for five marks of each answer: (list of {aspect: 1…5} or None, tally)."""
     prompts = [single_prompt(q, a) for q, a in zip(questions, answers, strict=True)]
     values, tally = consult(judge, prompts, read_marks, path, "marks")
     return [values[p] for p in prompts], tally
 
 
 def prefer(judge, questions, a_answers, b_answers, path):
-    """Whether B is preferred, each pair asked about in both orders: (outcomes, tally).
+    """Ask which of two answers is better, in both orders of each pair: (outcomes, tally).
 
-    outcomes: for each pair (B's score with A first, B's score with B first), 1 for B, 0 for A, 0.5
-        for a tie, which equal answers are without asking; None where either order has no value.
-    tally: as of `consult`, and of the pairs asked about: first_preferred, the share of "first"
+    outcomes: for each pair (B's score with A first, B's score with B first), where 1 means B, 0
+        means A, and 0.5 a tie; None where one of the two replies has no value. Equal answers are a
+        tie without asking.
+    tally: as of `consult`; also, of the pairs asked about, first_preferred, the share of "first"
         among choices that are no ties (1/2 without position bias), and consistent, the share with
         the same outcome in both orders.
     """

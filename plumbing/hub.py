@@ -4,6 +4,7 @@ What it does    finds a model's folder or fetches it from the hub, checks config
                 weights, names the ids that end a completion; writes each file at once or not at
                 all. Also what concerns the memory of the process.
 Not here        the network, which is model.py's. This file does not import it.
+Run it alone    python -m plumbing.hub [NAME or FOLDER …]     the folder and its fingerprint
 Where to fork   another architecture: `ARCHITECTURE` and `checked_config` say what is accepted.
 """
 import ctypes
@@ -257,3 +258,9 @@ def is_out_of_memory(e):
     words = "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
     return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
             or any(x in str(e) for x in words))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ["tiny"]:
+        found = model_folder(name)
+        print(f"{found}: {read_config(found)['model_type']}, fingerprint {fingerprint(found)}")

@@ -4,7 +4,7 @@ What it does    loads problems by the name of a set or from a JSON-lines file; l
                 so, what no scorer can grade.
 Not here        the prompt and the grade: rewards.py, which also offers `Problem` and
                 `load_problems`. torch is never imported.
-Run it alone    python rewards.py [name or file …]     one problem of each
+Run it alone    python -m plumbing.problems [SET or FILE …]     how many, and the first
 Where to fork   a new data set is one line in `SETS`.
 """
 import os
@@ -156,3 +156,9 @@ def file_rows(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     return ((f"line {n}", row) for n, row in numbered_rows(path))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ["tiny"]:
+        problems = load_problems(name)
+        print(f"{name}: {len(problems)} problems, the first is {problems[0]}")
