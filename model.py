@@ -170,6 +170,10 @@ class Qwen2(nn.Module):
         return self.model["embed_tokens"].weight.device
 
     @property
+    def on_cuda(self):
+        return self.model["embed_tokens"].weight.is_cuda
+
+    @property
     def context(self):
         """The longest sequence, prompt and completion together, in tokens."""
         return self.config["max_position_embeddings"]
@@ -233,7 +237,7 @@ class Qwen2(nn.Module):
         logps, entropies, gradients = [], [], []
         with torch.no_grad():
             weight_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
-            chunk_bytes = HEAD_BYTES[self.device.type]
+            chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
             for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
                 target_M1 = batch.target_M[chunk, None]
                 x_MV = self.log_probs(hidden_MC[chunk], temperature, weight_VC)

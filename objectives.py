@@ -18,6 +18,7 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe:
 Axis letters: P prompts, G completions per prompt, B = P·G, N completion tokens end to end (these
 are the M of the other files, whose N counts prompt tokens too).
 """
+import math
 from pathlib import Path
 
 import torch
@@ -193,6 +194,15 @@ def clip_removes(ratio, advantage, epsilon=0.2):
     return ((ratio > 1 + epsilon) & (advantage > 0)) | ((ratio < 1 - epsilon) & (advantage < 0))
 
 
+def quantile(x_N, *shares):
+    """The values below which these shares of x lie, as torch.quantile has them; that function stops
+    at 2²⁴ elements, which one step can exceed."""
+    sorted_N = x_N.sort().values
+    places = [share * (len(x_N) - 1) for share in shares]
+    return [torch.lerp(sorted_N[int(i)], sorted_N[math.ceil(i)], i - int(i)).item()
+            for i in places]
+
+
 @torch.no_grad()
 def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
     """What the importance ratios of N tokens look like: a dict of floats (the README's glossary).
@@ -201,7 +211,7 @@ def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
     """
     log_ratio_N = log_ratio_N.double()
     ratio_N = log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    p1, p50, p99 = torch.quantile(ratio_N, torch.tensor([.01, .5, .99]).to(ratio_N)).tolist()
+    p1, p50, p99 = quantile(ratio_N, 0.01, 0.5, 0.99)
     outside_N = (ratio_N < 0.8) | (ratio_N > 1.2)
     gradient_N = weight_N.double() * advantage_N.abs() * ratio_N
     removed = (gradient_N[clip_removes(ratio_N, advantage_N)].sum()

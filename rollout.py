@@ -18,6 +18,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -42,22 +43,26 @@ class PaddedSequences:
 
     Sequence i asks with its own tokens (rows `start … start + length` of the flat axis), and sees
     the tokens of its prefix followed by its own up to the one that asks. Without the prefix
-    arguments no sequence has a prefix.
+    arguments no sequence has a prefix. All four are lists of ints, so that nothing here waits for
+    a GPU.
     """
 
-    def __init__(self, start_B, length_B, prefix_start_B=None, prefix_length_B=None):
-        self.length_B = length_B
-        t_T = torch.arange(int(length_B.max()), device=start_B.device)
-        last_B1 = (start_B + length_B - 1).clamp(min=0)[:, None]
-        self.query_BT = torch.minimum(start_B[:, None] + t_T, last_B1)
+    def __init__(self, starts, lengths, prefix_starts=None, prefix_lengths=None, device="cpu"):
+        def column(values):
+            return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
+        start_B1, self.length_B = column(starts), column(lengths).squeeze(1)
+        t_T = torch.arange(max(lengths), device=device)
+        last_B1 = column([max(s + n - 1, 0) for s, n in zip(starts, lengths)])
+        self.query_BT = torch.minimum(start_B1 + t_T, last_B1)
         self.key_BJ, self.mask = self.query_BT, None
-        if prefix_start_B is not None:
-            prefix_B1 = prefix_length_B[:, None]
-            j_J = torch.arange(int((prefix_length_B + length_B).max()), device=start_B.device)
-            own_BJ = torch.minimum(start_B[:, None] + j_J - prefix_B1, last_B1)
-            self.key_BJ = torch.where(j_J < prefix_B1, prefix_start_B[:, None] + j_J, own_BJ)
+        if prefix_starts is not None:
+            prefix_B1 = column(prefix_lengths)
+            j_J = torch.arange(max(map(sum, zip(prefix_lengths, lengths))), device=device)
+            own_BJ = torch.minimum(start_B1 + j_J - prefix_B1, last_B1)
+            self.key_BJ = torch.where(j_J < prefix_B1, column(prefix_starts) + j_J, own_BJ)
             self.visible_BTJ = j_J <= prefix_B1[:, :, None] + t_T[:, None]
-        self.place_N = (t_T < length_B[:, None]).flatten().nonzero().squeeze(1)
+        self.place_N = torch.tensor([b * len(t_T) + t for b, n in enumerate(lengths)
+                                     for t in range(n)], dtype=torch.int64, device=device)
 
     def attend(self, q_NHD, k_NKD, v_NKD):
         """Attention of these sequences' own tokens, flat again: (their number, H, D)."""
@@ -97,19 +102,17 @@ class SharedPromptAttention:
     """
 
     def __init__(self, prompt_lengths, completion_lengths, device="cpu"):
-        length_P = torch.tensor(prompt_lengths, device=device)
-        start_P = length_P.cumsum(0) - length_P
-        self.n_prompt_tokens = sum(prompt_lengths)
-        self.prompts = PaddedSequences(start_P, length_P)
+        start_P = [0, *accumulate(prompt_lengths)]
+        self.n_prompt_tokens = start_P[-1]
+        self.prompts = PaddedSequences(start_P[:-1], prompt_lengths, device=device)
         self.completions = None
         lengths = [n for group in completion_lengths for n in group]
         if sum(lengths):
-            prompt_B = torch.tensor([p for p, group in enumerate(completion_lengths)
-                                     for _ in group], device=device)
-            length_B = torch.tensor(lengths, device=device)
-            start_B = self.n_prompt_tokens + length_B.cumsum(0) - length_B
-            self.completions = PaddedSequences(start_B, length_B, start_P[prompt_B],
-                                               length_P[prompt_B])
+            prompt_of = [p for p, group in enumerate(completion_lengths) for _ in group]
+            start_B = accumulate([self.n_prompt_tokens, *lengths[:-1]])
+            self.completions = PaddedSequences(
+                list(start_B), lengths, [start_P[p] for p in prompt_of],
+                [prompt_lengths[p] for p in prompt_of], device)
 
     def __call__(self, layer, q_NHD, k_NKD, v_NKD):
         out = self.prompts.attend(q_NHD, k_NKD, v_NKD)
@@ -364,7 +367,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         bar.update(n_ended * max_new_tokens + tokens_of_others - bar.n)
         if callable(progress):
             progress(n_ended, tokens_of_ended, tokens_of_others)
-    on = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    on = torch.cuda.device(model.device) if model.on_cuda else nullcontext()
     with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
                               max_rows)
@@ -389,7 +392,7 @@ def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, 
     longest = max(map(len, prompts), default=1)
     settings = (*places_for(len(prompts), group_size, max_rows), group_size, max_new_tokens,
                 temperature, top_p)
-    if model.device.type == "cpu":
+    if not model.on_cuda:
         return Sampler(model.for_sampling(), longest, *settings)
     key = (Sampler, *settings, model.compute_dtype, model.n_real_ids, *model.stop_ids)
     kept = model.kept_samplers
@@ -444,7 +447,7 @@ class Sampler:
         self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
         self.places = torch.arange(n_rows, device=model.device)
         self.graphs = {}  # of step, on CUDA; they share one pool of memory and one stream
-        if model.device.type == "cuda":
+        if model.on_cuda:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
         def zeros(*shape, dtype=torch.int64):
@@ -483,7 +486,7 @@ class Sampler:
         torch also frees cuBLAS's workspace of the stream that it was captured on, which no graph
         of another sampler may still use (issue 193402 of pytorch).
         """
-        if self.places.device.type == "cpu":
+        if not self.places.is_cuda:
             return self.step(n_own)
         n_own = min(-(-n_own // LENGTH_STEP) * LENGTH_STEP, self.T)
         size = len(self.rows.token), n_own, self.attention.n_prompts
@@ -518,7 +521,8 @@ class Sampler:
             n_steps = min(LOOK_EVERY, self.T - min(running))
             for _ in range(n_steps):
                 self.step_or_replay(min(max(running) + n_steps, self.T))
-            lengths = self.rows.length.tolist()
+            before, lengths = lengths, self.rows.length.tolist()
+            assert all(lengths[i] > before[i] for i in self.row_at), (before, lengths)
             self.collect(done, lengths)
             if self.row_at and not self.waiting:
                 lengths = self.close_ranks(lengths)
@@ -640,7 +644,7 @@ def flat_batch(prompts, completions, device="cpu"):
     """
     ids = [i for p in prompts for i in p] + [i for g in completions for c in g for i in c]
     positions = [t for p in prompts for t in range(len(p))]
-    predictor, lengths = [], []
+    predictor, sequence, lengths = [], [], []
     prompt_end, start = 0, len(positions)
     for prompt, group in zip(prompts, completions, strict=True):
         prompt_end += len(prompt)
@@ -648,16 +652,16 @@ def flat_batch(prompts, completions, device="cpu"):
             n = len(completion)
             positions += range(len(prompt), len(prompt) + n)
             predictor += [prompt_end - 1, *range(start, start + n - 1)][:n]
+            sequence += [len(lengths)] * n
             lengths.append(n)
             start += n
     attend = SharedPromptAttention([len(p) for p in prompts],
                                    [[len(c) for c in g] for g in completions], device)
-    length_B = torch.tensor(lengths, device=device)
-    sequence_M = torch.arange(len(lengths), device=device).repeat_interleave(length_B)
     ids_N = torch.tensor(ids, device=device)
     return FlatBatch(ids_N, torch.tensor(positions, device=device), attend,
                      torch.tensor(predictor, device=device, dtype=torch.int64),
-                     ids_N[attend.n_prompt_tokens:], sequence_M, lengths)
+                     ids_N[attend.n_prompt_tokens:],
+                     torch.tensor(sequence, device=device, dtype=torch.int64), lengths)
 
 
 def check_sampling(parser, args):

@@ -88,7 +88,8 @@ def make_parser():
     add("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32",
         help="of the computation; weights and gradients stay fp32")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
+    add("--tokens-per-microbatch", type=int, default=None if on_gpu else 8192,
+        help="flat tokens per forward/backward; on CUDA what free memory holds")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="updates some 5 to 15 %% faster after ten seconds")
     add("--fsdp", action="store_true", help="shard weights and optimizer over torchrun's processes")
@@ -187,7 +188,7 @@ def check_settings(parser, s, given):
     for key in ("prompts_per_step", "epochs", "minibatches", "steps", "threads", "validate_every",
                 "validation_problems", "validation_samples", "checkpoint_every", "keep",
                 "tokens_per_microbatch"):
-        if getattr(s, key) < 1:
+        if getattr(s, key) is not None and getattr(s, key) < 1:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 1 or more")
     if s.prompts_per_step % s.minibatches:
         parser.error(f"--minibatches {s.minibatches} does not divide --prompts-per-step "

@@ -63,6 +63,7 @@ from objectives import (
     group_advantages,
     kl_k3,
     policy_loss,
+    quantile,
     ratio_diagnostics,
     reduction_weights,
 )
@@ -250,7 +251,7 @@ def update_metrics(seen, minibatches, s):
         metrics["kl_reference"] = kl_M.mean().item()
     return metrics | {
         "entropy": entropy_M.mean().item(),
-        "sampler_gap_mean": gap_M.mean().item(), "sampler_gap_p99": gap_M.quantile(0.99).item(),
+        "sampler_gap_mean": gap_M.mean().item(), "sampler_gap_p99": quantile(gap_M, 0.99)[0],
         "gradient_norm": norms.mean().item(),
         "gradient_limited": (norms > s.max_grad_norm).double().mean().item()}
 
@@ -353,7 +354,7 @@ def announce(s, run):
     print(f"memory     {state_bytes / 2**30:.2f} GiB for {', '.join(held)} of {n_parameters:,} "
           f"parameters{', in each process' * s.fsdp}; caches of {cache_gib(P, G):.2f} GiB while "
           f"sampling and {cache_gib(len(run.validation), s.validation_samples):.2f} in validation; "
-          f"activations of {s.tokens_per_microbatch:,} tokens on top")
+          "activations on top")
     if optimizer_steps == 1 and s.objective != "noclip":
         print(f"warning    one optimizer step per rollout keeps every ratio at 1, where "
               f"{s.objective} is noclip up to a constant: raise --epochs or --minibatches",
@@ -440,17 +441,25 @@ def make_optimizer(model, s):
 
 def try_largest_batch(run, s):
     """Run a full rollout, a validation and the largest micro-batch, so that memory ends now or not
-    at all.
+    at all; where --tokens-per-microbatch was not given, choose it by the memory that is left.
 
-    As many groups of the longest prompt as fit, every completion at full length, beside room for
-    AdamW's state; of the validation as much as is in flight at once. Nothing of it stays but the
-    samplers that CUDA keeps. Raises ValueError, with the flags that help.
+    Every group has the longest prompt and completions of full length; room for AdamW's state is
+    held meanwhile. Nothing stays but the samplers that CUDA keeps. Raises ValueError, with the
+    flags that help.
     """
     G, prompt = s.group_size, max(run.prompts, key=len)
-    n_tokens = len(prompt) + G * s.max_new_tokens
+    group_tokens = len(prompt) + G * s.max_new_tokens
     share = parallel.largest_share(s.prompts_per_step)  # of a rollout
-    n = min(max(s.tokens_per_microbatch // n_tokens, 1), -(-share // s.minibatches))
+    n_groups = -(-share // s.minibatches)
     completion = (prompt * s.max_new_tokens)[:s.max_new_tokens]
+
+    def peak_bytes(n):
+        """Of a micro-batch of n groups, above what was there: forward and backward."""
+        torch.cuda.reset_peak_memory_stats(s.device)
+        before = torch.cuda.memory_allocated(s.device)
+        batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
+        run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(), True)
+        return torch.cuda.max_memory_allocated(s.device) - before
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
         n_parameters //= parallel.n_processes() if s.fsdp else 1
@@ -464,18 +473,33 @@ def try_largest_batch(run, s):
                                        s.validation_samples, s.rollout_rows)
             sample_answers(run.policy, [longest] * n_problems, s.validation_samples, s.temperature,
                            s.top_p, s.max_new_tokens, max_rows=s.rollout_rows, progress=None)
-        batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
-        for _ in range(2):  # the second time beside the gradients of the first
-            run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(),
-                                           True)
+        peak_bytes(1)  # from now on the gradients are there
+        torch.cuda.empty_cache()
+        n_fit = s.tokens_per_microbatch and s.tokens_per_microbatch // group_tokens
+        if n_fit is None:
+            free_bytes = torch.cuda.mem_get_info(s.device)[0]
+            n_fit = groups_that_fit(free_bytes, peak_bytes(1), peak_bytes(2))
+        n = min(max(n_fit, 1), n_groups)
+        peak_bytes(n)
         del adamw_state
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        raise ValueError(f"a rollout, a validation or the largest micro-batch, {n * n_tokens:,} "
-                         f"tokens: {in_words(e, s)}; a group needs {n_tokens} tokens") from e
+        raise ValueError(f"a rollout, a validation or a micro-batch: {in_words(e, s)}; a group "
+                         f"needs {group_tokens} tokens") from e
     finally:
         run.optimizer.zero_grad()
+    if s.tokens_per_microbatch is None:
+        s.tokens_per_microbatch = group_tokens * min(parallel.gather(n))
+        print(f"           micro-batches of {s.tokens_per_microbatch:,} tokens, for which there is "
+              "room (--tokens-per-microbatch)")
+
+
+def groups_that_fit(free_bytes, peak_of_one, peak_of_two):
+    """How many groups a micro-batch can hold, from what one group and two take; a quarter of the
+    memory stays free (chosen: groups of very unequal lengths are padded inside attention)."""
+    bytes_per_group = max(peak_of_two - peak_of_one, 1)
+    return int(0.75 * free_bytes - (peak_of_one - bytes_per_group)) // bytes_per_group
 
 
 def split_problems(s):
@@ -637,8 +661,9 @@ def begin(s, folder):
         lock = enter(folder) if s.resume and first else None
         run = prepare(s, folder)
         announce(s, run)
-        if s.device.startswith("cuda"):
+        if run.model.on_cuda:
             try_largest_batch(run, s)
+        s.tokens_per_microbatch = s.tokens_per_microbatch or 8192  # --device cpu beside a GPU
         if first:
             run.lock = lock or enter(folder)
             write_beginning(run, s, folder, settings)

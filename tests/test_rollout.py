@@ -37,14 +37,14 @@ def groups(result):
 
 # ---------------------------------------------------------------- decoding
 
-def test_greedy_text_equals_transformers(model, network):
+def test_greedy_text_equals_transformers(model, network, machine):
     for prompt, ours in zip(some_prompts(), generate(model, some_prompts(), 1, 40, 0.0).completions,
                             strict=True):
         output = network.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
         assert ours == output[0, len(prompt):].tolist()
 
 
-def test_cached_decoding_equals_teacher_forcing(model):
+def test_cached_decoding_equals_teacher_forcing(model, machine):
     # The sampler's log-probs come from the cache, one token at a time, while rows finish and are
     # dropped; the scored ones from one pass over the finished text.
     result = generate(model, some_prompts(), 6, 40, 0.8, seed=4)
@@ -84,7 +84,7 @@ def slow_generate(network, prompt, temperature, top_p, counters, stop_ids, max_n
 
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.6])
 @pytest.mark.parametrize("max_rows", [256, 4, 5], ids=["one wave", "one group at a time", "refill"])
-def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_rows):
+def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_rows, machine):
     prompts = [*some_prompts(), [9], *some_prompts()[:2]]  # one prompt of a single token
     keys = [3, 1, 4, 15, 9, 2]
     result = generate(model, prompts, 4, 24, 1.2, top_p, 11, 5, keys, max_rows)
@@ -96,7 +96,7 @@ def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_row
         assert result.finished[b] == (slow_ids[-1] in model.stop_ids)
 
 
-def test_waves_and_company_change_no_text(model):
+def test_waves_and_company_change_no_text(model, machine):
     # A row's draws are keyed by (seed, step, prompt, sample, position), not by where it runs.
     prompts = some_prompts()
     together = generate(model, prompts, 4, 30, 1.0, seed=6)
@@ -108,7 +108,7 @@ def test_waves_and_company_change_no_text(model):
         assert generate(model, prompts, 4, 30, 1.0, **other).completions != together.completions
 
 
-def test_completions_end_with_their_first_stop_token_or_at_the_limit(model):
+def test_completions_end_with_their_first_stop_token_or_at_the_limit(model, machine):
     result = generate(model, some_prompts(), 8, 30, 1.2, seed=8)
     assert any(result.finished) and not all(result.finished)
     for ids, finished in zip(result.completions, result.finished):
@@ -290,7 +290,7 @@ def test_flat_batch_by_hand():
     assert batch.chunks(1) == [slice(0, 2), slice(2, 3), slice(3, 4)]  # a completion stays whole
 
 
-def test_group_shared_scoring_equals_separate_scoring_gradients_included(model):
+def test_group_shared_scoring_equals_separate_scoring_gradients_included(model, machine):
     g = torch.Generator().manual_seed(9)
     prompt = torch.randint(97, (100 - 70,), generator=g).tolist()
     completions = [torch.randint(97, (n,), generator=g).tolist() for n in (30, 30, 11, 1, 25)]
@@ -314,7 +314,7 @@ def test_group_shared_scoring_equals_separate_scoring_gradients_included(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pass_without_gradient_equals_one_with_it_bit_for_bit(model, dtype):
+def test_a_pass_without_gradient_equals_one_with_it_bit_for_bit(model, dtype, machine):
     prompts, completions = random_batch(seed=10)
     batch = flat_batch(prompts, completions)
     model.compute_dtype = dtype
@@ -326,7 +326,7 @@ def test_a_pass_without_gradient_equals_one_with_it_bit_for_bit(model, dtype):
     assert torch.equal(quiet, loud)
 
 
-def test_the_stop_token_is_trained_on_though_pad_equals_eos(model):
+def test_the_stop_token_is_trained_on_though_pad_equals_eos(model, machine):
     stop = model.stop_ids[0]
     batch = flat_batch([[1, 2]], [[[3, stop], [4, 6, stop]]])
     assert (batch.target_M == stop).sum() == 2

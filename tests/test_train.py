@@ -63,7 +63,7 @@ def assert_same_weights(one, two):
 
 # ---------------------------------------------------------------- whole runs
 
-def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
+def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys, machine):
     run()
     folder = Path("runs/tiny-pspo-s0")
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
@@ -126,7 +126,7 @@ def test_objectives_tell_apart_only_after_the_first_optimizer_step():
     assert last["sampler_gap_p99"] < 1e-4
 
 
-def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
+def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch, as_on_cuda, capsys):
     s, folder = train.read_settings(["--alpha", "0.1"])
     run = train.prepare(s, folder)
     before, sizes = [p.clone() for p in run.model.parameters()], []
@@ -142,10 +142,20 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
         answer(model, problems, samples, *rest, **more)))
     train.try_largest_batch(run, s)
     assert answered == [(100, 2, 256)]  # all that validation has in flight
-    longest = max(map(len, run.prompts))
-    assert sizes == 2 * [2 * (longest + 8 * 40)]  # a minibatch of 8 prompts in 4 parts
+    group = max(map(len, run.prompts)) + 8 * 40
+    assert sizes == [group, 2 * group]  # a minibatch of 8 prompts in 4 parts
     assert all(p.grad is None for p in run.model.parameters())
     assert all(map(torch.equal, run.model.parameters(), before)) and not run.optimizer.state
+
+    for bytes_per_token, n_groups in ((1000, 2), (2**31 // group, 1)):  # 1 GiB of memory is free
+        sizes.clear()
+        s.tokens_per_microbatch = None
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated",
+                            lambda device: sizes[-1] * bytes_per_token)
+        train.try_largest_batch(run, s)
+        assert sizes == [group, group, 2 * group, n_groups * group]
+        assert s.tokens_per_microbatch == n_groups * group
+        assert f"micro-batches of {n_groups * group:,} tokens" in capsys.readouterr().out
 
     for e, expected, words in (
             (torch.OutOfMemoryError("no room"), ValueError,
@@ -157,6 +167,12 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
         monkeypatch.setattr(Qwen2, "completion_log_probs", fails)
         with pytest.raises(expected, match=words):
             train.try_largest_batch(run, s)
+
+
+def test_the_groups_that_fit_by_hand():
+    # one group takes 30, two take 50: 20 a group and 10 beside; three quarters of 200 hold seven
+    assert train.groups_that_fit(200, 30, 50) == 7
+    assert train.groups_that_fit(30, 30, 50) == 0  # one is tried all the same
 
 
 @pytest.mark.parametrize("flags", [
@@ -236,6 +252,21 @@ def test_only_the_newest_checkpoints_are_kept():
 
 # ---------------------------------------------------------------- one update, looked at closely
 
+def test_a_step_of_more_than_2_to_the_24_tokens_makes_its_metrics():
+    # torch.quantile refuses so many. Log-ratios 0, 1, 2, …, n − 1 times 1/n; gaps alike.
+    n = 2**24 + 17
+    ramp_M = torch.arange(n, dtype=torch.float32) / n
+    micro = SimpleNamespace(old_logp_M=ramp_M, sampler_logp_M=torch.zeros(n),
+                            advantage_M=torch.ones(n), weight_M=torch.full((n,), 1 / n))
+    seen = SimpleNamespace(log_ratios=[ramp_M], entropies=[ramp_M], kls=[],
+                           norms=[torch.tensor(0.5)])
+    metrics = train.update_metrics(seen, [[micro]], settings())
+    assert metrics["ratio_p50"] == pytest.approx(math.exp(0.5))
+    assert metrics["ratio_p99"] == pytest.approx(math.exp(0.99), rel=1e-6)
+    assert metrics["sampler_gap_p99"] == pytest.approx(0.99)
+
+
+
 def settings(**changes):
     s, _ = train.read_settings([*SMALL, "--name", "unused"])
     return SimpleNamespace(**{**vars(s), **changes})
@@ -275,8 +306,8 @@ def updated(equal=(), **changes):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("minibatches, compiled", [
     (1, False), (2, False), pytest.param(2, True, marks=needs_a_compiler)])
-def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeypatch, dtype,
-                                                                         minibatches, compiled):
+def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(
+        monkeypatch, dtype, minibatches, compiled, machine):
     calls = []
     policy_loss = train.policy_loss
 
@@ -292,7 +323,7 @@ def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeyp
     assert max(calls[first:]) > 0  # afterwards the ratios leave 1
 
 
-def test_micro_batches_change_no_update():
+def test_micro_batches_change_no_update(machine):
     whole, one = updated(tokens_per_microbatch=10**6)
     split, many = updated(tokens_per_microbatch=1)
     assert [len(m) for m in one] == [1, 1] and [len(m) for m in many] == [2, 2]
