@@ -54,7 +54,7 @@ def settings(**changed):
     """train.py's settings: the parser's defaults, two epochs of one optimizer step, and these."""
     s = SimpleNamespace(**vars(make_parser().parse_args([])))
     vars(s).update(epochs=2, minibatches=1, temperature=1.0, top_p=1.0, warmup_steps=0, steps=10**6,
-                   learning_rate=1e-6, seed=0, beta=0.0)
+                   learning_rate=1e-6, seed=0, beta=0.0, tokens_per_microbatch=8192)
     vars(s).update(changed)
     return s
 
