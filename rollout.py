@@ -206,7 +206,7 @@ class CachedAttention:
         weight = torch.add(self.mask_R11J, logit, alpha=D**-0.5).softmax(-1).to(q.dtype)
         w_prompt, w_own = weight[..., :-n_own], weight[..., -n_own:]
         out_prompt = self.by_row(self.by_prompt(w_prompt) @ prompt_v, H // K)
-        return (w_own @ own_v + out_prompt).view(R, H, D)
+        return (w_own @ own_v + out_prompt).reshape(R, H, D)
 
     def store_prompts(self, places, length_n, keys, values):
         """Put prompts of these lengths (keys, values: per layer (n, K, T, D)) on these places.
