@@ -2,8 +2,8 @@
 
 What it does    trains every cell of cells.py with every seed, one process a core; each finished run
                 is a row of results.jsonl, and a row that is there is not run again. Then it prints
-                the tables, puts them into the README, and draws the figures, which takes seconds
-                (the last two not for another file of rows).
+                the tables, puts them into experiments/README.md and draws the figures, which takes
+                seconds. With another file of rows it only prints the tables.
 What it leaves  the cells to cells.py, a run to run.py, tables and figures to report.py.
 Run it alone    python -m experiments --draw      tables and figures of the recorded rows only
                 python -m experiments --results mine.jsonl    all of it again, into a new file

@@ -1,4 +1,4 @@
-"""What the recorded rows say: the README's tables, rewritten in place, and its figures.
+"""What the recorded rows say: tables, rewritten in place in experiments/README.md, and figures.
 
 What it does    turns rows of results.jsonl into Markdown tables and figures. A number is a mean
                 over seeds ± their standard deviation [95 % interval of the mean, Student's t].
@@ -12,7 +12,9 @@ from pathlib import Path
 from experiments.cells import AGES, ALPHAS, EPOCHS, EXPERIMENTS, FIFTH, FOUR, RATE, TIMES, seeds
 from intervals import over_seeds, sign_flips
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+FOLDER = HERE.parent / "figures"
 
 
 def on_the_way(row):
@@ -362,7 +364,7 @@ def draw_reuse(rows, plt):
 FIGURES = {"arms": draw_arms, "reuse": draw_reuse, "stale": draw_stale, "replay": draw_replay}
 
 
-def draw_figures(rows, folder=README.parent / "figures"):
+def draw_figures(rows, folder=FOLDER):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

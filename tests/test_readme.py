@@ -11,12 +11,14 @@ import settings
 import train
 
 ROOT = Path(train.__file__).resolve().parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
+         for name in ("README.md", "docs/flags.md", "docs/metrics.md", "docs/evaluate.md")}
+README = PAGES["README.md"]
 
 
-def rows_of_table(heading):
+def rows_of_table(heading, page="README.md"):
     """The cells of the first table after a heading, without its two header lines."""
-    lines = README.split(heading, 1)[1].split("\n")
+    lines = PAGES[page].split(heading, 1)[1].split("\n")
     table = []
     for line in lines:
         if line.startswith("|"):
@@ -35,7 +37,8 @@ def test_every_flag_of_train_is_in_the_table_with_its_default():
             default = "by device" if action.dest in by_device else str(action.default)
             embedded = settings.PRESETS["tiny"].get(action.dest, "")
             flags[action.option_strings[0]] = (default, str(embedded))
-    found = {row[0].strip("`"): (row[2], row[3]) for row in rows_of_table("## All flags")}
+    found = {row[0].strip("`"): (row[2], row[3])
+             for row in rows_of_table("# All flags", "docs/flags.md")}
     assert found == flags
 
 
@@ -45,7 +48,7 @@ def test_the_glossary_is_exactly_what_a_run_logs(tmp_path, monkeypatch):
     train.main(["--model", "tiny", "--steps", "1", "--validate-every", "1", "--beta", "0.1",
                 "--validation-problems", "2", "--test-problems", "0", "--reward", "noise"])
     logged = set().union(*checkpoint.read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))
-    glossary = {key for row in rows_of_table("### The logged metrics")
+    glossary = {key for row in rows_of_table("# The logged metrics", "docs/metrics.md")
                 for key in re.findall(r"`([^`]+)`", row[0])}
     assert glossary == logged
 
@@ -60,7 +63,8 @@ def test_the_reading_order_names_every_file_with_about_its_length():
 
 def test_the_commands_of_the_readme_parse():
     parsers = {"train.py": settings.make_parser, "evaluate.py": evaluate.make_parser}
-    commands = re.findall(r"(?:^|&& )python (train|evaluate)\.py +(.*?)(?:#.*)?$", README,
+    commands = re.findall(r"(?:^|&& )python (train|evaluate)\.py +(.*?)(?:#.*)?$",
+                          "\n".join(PAGES.values()),
                           re.M)
     assert len(commands) > 8
     for script, arguments in commands:
