@@ -119,7 +119,7 @@ def test_every_page_can_be_reached_from_the_readme():
 
 def test_every_flag_of_train_is_in_the_table_with_its_default():
     parser = settings.make_parser()
-    by_device = {"model", "device", "dtype", "threads"}
+    by_device = {"model", "device", "dtype", "threads", "tokens_per_microbatch"}
     flags = {}
     for action in parser._actions:
         if action.dest != "help":
