@@ -29,10 +29,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import judge
-import rewards
-from checkpoint import locked
-from intervals import (
+from evaluation import judge
+from evaluation.intervals import (
     LEAST_P,
     bootstrap,
     interval_of,
@@ -42,17 +40,20 @@ from intervals import (
     verdict,
     welch,
 )
-from model import (
-    DTYPES,
-    Qwen2,
+from model import DTYPES, Qwen2
+from plumbing.checkpoint import locked
+from plumbing.hub import (
     checked_config,
     fingerprint,
     is_out_of_memory,
+    keep_freed_memory,
     model_folder,
     read_json,
     write_whole,
 )
-from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
+from plumbing.latex import ungraded
+from plumbing.problems import read_problems, report_dropped
+from rewards import INSTRUCTION, SCORERS, build_prompt, extract_answer, has_format, is_correct
 from rollout import check_sampling, generate, room_for
 
 STYLE = {  # measure of one answer: (heading, format); README defines them
@@ -142,7 +143,7 @@ def style(text):
     words, letters = text.split(), [c for c in text if c.isalpha()]
     grams = list(zip(*(words[i:] for i in range(4))))
     instruction, own = (set(zip(*(w[i:] for i in range(6)))) for w in (
-        re.findall(r"\w+", t.lower()) for t in (rewards.INSTRUCTION, text)))
+        re.findall(r"\w+", t.lower()) for t in (INSTRUCTION, text)))
     verdicts = [holds(match) for match in STATEMENT.finditer(text) if stands_alone(match)]
     return {"leakage": bool(instruction & own or ROLE.search(text) or "?" in after_answer(text)),
             "repeated": 1 - len(set(grams)) / len(grams) if grams else 0.0,
@@ -533,7 +534,7 @@ def answer_all(args, folders, sets):
                 samples = args.samples if temperature else 1
                 settings = {
                     "model": name, "weights": weights, "data": data, "temperature": temperature,
-                    "problems": digest(rewards.INSTRUCTION, problems), "samples": samples,
+                    "problems": digest(INSTRUCTION, problems), "samples": samples,
                     "problems_per_chunk": max(CHUNK * rows_in_flight // samples, 1),
                     "rows_in_flight": rows_in_flight, "top_p": args.top_p, "seed": args.seed,
                     "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
@@ -689,11 +690,11 @@ def evaluate(args):
                   "a file leaves the problems it held out in test.jsonl)", file=sys.stderr)
     sets, dropped = {}, {}
     for data in args.data:
-        problems, left_out = rewards.read_problems(data, args.split)
+        problems, left_out = read_problems(data, args.split)
         sets[data] = problems[:args.limit]
         if left_out:
             dropped[data] = left_out
-            rewards.report_dropped(data, args.split, len(problems), left_out)
+            report_dropped(data, args.split, len(problems), left_out)
     asked = None
     if args.judge:
         settings = json.loads(args.judge_body), args.judge_per_minute, args.judge_timeout
@@ -735,7 +736,7 @@ def write_results(args, answers, judged_by="", tallies=(), preferences=(), dispu
     write_whole(args.out / "results.json", json.dumps(
         {"settings": settings, "results": summaries, "seeds": seeds, "comparison": comparisons,
          "judge": {"name": judged_by, "prompt_version": judge.PROMPT_VERSION, **tallies},
-         "dropped": dropped, "not_graded": len(rewards.ungraded)}, indent=2) + "\n")
+         "dropped": dropped, "not_graded": len(ungraded)}, indent=2) + "\n")
     write_whole(args.out / "results.md", text + "\n")
     write_whole(args.out / "graded.jsonl", "".join(
         json.dumps({"model": name, "data": data, "temperature": temperature, **row}) + "\n"
@@ -778,6 +779,7 @@ def make_parser():
 
 
 def main(argv=None):
+    keep_freed_memory()
     parser = make_parser()
     args = parser.parse_args(argv)
     check_sampling(parser, args)

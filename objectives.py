@@ -3,8 +3,8 @@
 What it does    turns rewards into advantages, and log-probabilities into a loss. An objective is a
                 function of (ratio, advantage), token by token; how tokens are averaged is a
                 separate choice, a weight per token fixed before the optimizer step begins.
-What it leaves  everything with a model in it. Only torch is imported.
-Run it alone    python objectives.py     the table and the figure of gradient weight against ratio
+What it leaves  everything with a model in it, and figures. Only torch is imported.
+Run it alone    python objectives.py     the table of gradient weight against ratio
 Where to fork   write a function of (ratio, advantage, settings…), add it to OBJECTIVES: its
                 settings become flags of train.py, with the defaults that stand in its signature.
 
@@ -19,7 +19,7 @@ Axis letters: P prompts, G completions per prompt, B = P·G, N completion tokens
 are the M of the other files, whose N counts prompt tokens too).
 """
 import math
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -27,7 +27,6 @@ STD_EPSILON = 1e-4  # added to a group's standard deviation, as TRL's GRPOTraine
 MAX_LOG_RATIO = 20.0  # chosen: e²⁰ is 5e8, far past any use, and its square is still finite fp32
 REDUCTIONS = ("token", "sequence", "constant")
 RATIO_LEVELS = ("token", "sequence")
-FIGURE = Path(__file__).resolve().parent / "figures" / "objectives.png"
 
 
 def group_advantages(reward_PG, scale="std"):
@@ -225,7 +224,7 @@ def ratio_diagnostics(log_ratio_N, advantage_N, weight_N):
             "n_clamped": int((log_ratio_N.abs() > MAX_LOG_RATIO).sum())}
 
 
-# ------------------------------------------------------------------ run alone: table and figure
+# ------------------------------------------------------------------ run alone: a table
 
 def gradient_weight(objective, ratio, sign):
     """∂objective/∂log π for advantage `sign`, divided by that sign: what multiplies A·∇log π."""
@@ -235,39 +234,20 @@ def gradient_weight(objective, ratio, sign):
     return gradient / sign
 
 
+ARMS = {  # what the table and the figure show
+    "noclip": noclip, "clip ε=0.2": clip, "clip .2, .28 (DAPO)": partial(clip, epsilon_high=0.28),
+    "pspo α=0.1": pspo, "pspo α=0.5": partial(pspo, alpha=0.5),
+    "cispo r≤2": partial(cispo, ratio_max=2.0), "sapo τ=1": sapo, "scopic τ=4": scopic}
+
+
 def main():
-    from functools import partial
-    arms = {"noclip": noclip, "clip ε=0.2": clip,
-            "clip .2, .28 (DAPO)": partial(clip, epsilon_high=0.28), "pspo α=0.1": pspo,
-            "pspo α=0.5": partial(pspo, alpha=0.5),
-            "cispo r≤2": partial(cispo, ratio_max=2.0), "sapo τ=1": sapo, "scopic τ=4": scopic}
     ratios = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0]
     for sign in (1.0, -1.0):
         print(f"\nweight on A·∇log π where the advantage is {sign:+.0f}\n")
         print(f"{'ratio':20}" + "".join(f"{r:7.2f}" for r in ratios))
-        for name, objective in arms.items():
+        for name, objective in ARMS.items():
             weights = (gradient_weight(objective, ratios, sign) + 0.0).tolist()  # −0 becomes 0
             print(f"{name:20}" + "".join(f"{w:7.2f}" for w in weights))
-
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    grid = [i / 200 for i in range(2, 480)]
-    styles = [("black", ":"), ("#d55e00", "--"), ("0.3", (0, (1, 3))), ("#0072b2", "-"),
-              ("#56b4e9", "-."), ("#009e73", (0, (5, 1, 1, 1, 1, 1))),
-              ("#cc79a7", (0, (1, 1))), ("#e69f00", (0, (8, 2)))]
-    for axis, sign in zip(axes, (1.0, -1.0)):
-        for (name, objective), (color, line) in zip(arms.items(), styles):
-            axis.plot(grid, gradient_weight(objective, grid, sign), color=color, linestyle=line,
-                      label=name, linewidth=2)
-        axis.set(title=f"advantage {'> 0' if sign > 0 else '< 0'}", xlabel="ratio  r = π / π_old")
-        axis.axvline(1, color="0.85", zorder=0)
-    axes[0].set_ylabel("weight on A·∇log π")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
-                  ncols=4)
-    figure.savefig(FIGURE, dpi=130)
-    print(f"\nwrote {FIGURE}")
 
 
 if __name__ == "__main__":

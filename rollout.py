@@ -683,7 +683,9 @@ def check_sampling(parser, args):
 
 def main():
     from model import Qwen2
+    from plumbing.hub import keep_freed_memory
     from rewards import Problem, build_prompt
+    keep_freed_memory()
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample from a model folder.")
     parser.add_argument("question", nargs="*", help="one or more questions",
                         default=["Tom has 3 boxes of 4 pens and finds 5 more pens. "

@@ -6,7 +6,7 @@ What it leaves  the objective to objectives.py, sampling to rollout.py, the netw
                 the task to rewards.py, accuracy to evaluate.py.
 Run it alone    python train.py --alpha 0.1            (laptop: the embedded default; GPU: Qwen2.5)
 Where to fork   `train` is the loop; `update` is all that happens to one rollout. A new objective is
-                a function in objectives.py, a new setting one line in settings.py.
+                a function in objectives.py, a new setting one line in plumbing/settings.py.
 
 Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives.py has two more:
   1. The reward is correctness plus 0.05 for a clean format (rewards.py says when); `--reward
@@ -45,8 +45,19 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-import parallel
-from checkpoint import (
+from evaluate import answer, grade, sample_answers, summarise
+from evaluation.figures import draw_curves
+from model import Qwen2
+from objectives import (
+    group_advantages,
+    kl_k3,
+    policy_loss,
+    quantile,
+    ratio_diagnostics,
+    reduction_weights,
+)
+from plumbing import parallel
+from plumbing.checkpoint import (
     append_rows,
     checkpoints,
     copy_model,
@@ -56,20 +67,11 @@ from checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from curves import draw_curves
-from evaluate import answer, grade, sample_answers, summarise
-from model import Qwen2, is_out_of_memory, read_json, write_json, write_whole
-from objectives import (
-    group_advantages,
-    kl_k3,
-    policy_loss,
-    quantile,
-    ratio_diagnostics,
-    reduction_weights,
-)
-from rewards import SETS, build_prompt, load_problems, name_of, reward
+from plumbing.hub import is_out_of_memory, keep_freed_memory, read_json, write_json, write_whole
+from plumbing.problems import SETS, name_of
+from plumbing.settings import chosen_objective, read_settings
+from rewards import build_prompt, load_problems, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, places_for
-from settings import chosen_objective, read_settings
 
 HERE = Path(__file__).resolve().parent
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
@@ -861,6 +863,7 @@ def peak_memory_gib(device):
 
 
 def main(argv=None):
+    keep_freed_memory()
     s, folder = read_settings(argv)
     return train(s, folder, stop_on_signals())
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bench import gpu, ours, peers
 from bench.report import ROOT, needed, ratio, report, table
+from plumbing.hub import keep_freed_memory
 from rollout import flat_batch
 from train import peak_memory_gib
 
@@ -363,6 +364,7 @@ def make_parser():
 
 
 def main(argv=None):
+    keep_freed_memory()
     parser = make_parser()
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if args.command == "gpu" else "cpu")

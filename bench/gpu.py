@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from bench import ours, peers
 from bench.report import ROOT, device_name, report, table
-from checkpoint import read_rows
-from model import TINY, Qwen2, checked_config, is_out_of_memory
+from model import Qwen2
+from plumbing.checkpoint import read_rows
+from plumbing.hub import TINY, checked_config, is_out_of_memory
 from rollout import flat_batch, generate, sampler_for
 
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; the head has more rows

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 import rollout
 import train
-from model import DTYPES, Qwen2, checked_config
+from model import DTYPES, Qwen2
 from objectives import group_advantages
+from plumbing.hub import checked_config
+from plumbing.settings import make_parser
 from rollout import Sampler, generate
-from settings import make_parser
 
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),

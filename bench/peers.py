@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from model import to_hub
+from plumbing.hub import to_hub
 from train import clock
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from experiments import replay, report, run
 from experiments.cells import EXPERIMENTS, seeds
+from plumbing.hub import keep_freed_memory
 from train import git
 
 HERE = Path(__file__).resolve().parent
@@ -60,8 +61,8 @@ def run_all(cells, path, n_jobs):
     """Run these cells; each adds its row to the file when it ends."""
     commit = git("rev-parse", "--short", "HEAD") + "-changed" * bool(
         git("status", "--porcelain", "-uno", "--", ".", ":!experiments/results.jsonl"))
-    with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool, \
-            open(path, "a") as file:
+    with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn"),
+                             initializer=keep_freed_memory) as pool, open(path, "a") as file:
         running = [pool.submit(runner(cell), cell) for cell in cells]
         try:
             for done in tqdm(as_completed(running), total=len(cells), desc="runs", unit="run"):

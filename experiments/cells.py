@@ -2,7 +2,8 @@
 
 What it does    names the experiments, and of each the arms (rows of its table) and what varies.
 What it leaves  running to run.py and replay.py, tables and figures to report.py; what the flags
-                mean to settings.py, those of experiments only to run.py and replay.py.
+                mean to plumbing/settings.py, those of experiments only to run.py and
+                replay.py.
 Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERIMENTS; a new
                 objective a function, as log_pspo is.
 

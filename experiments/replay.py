@@ -17,7 +17,7 @@ import torch
 import train
 from experiments.cells import ALPHAS, BASE
 from experiments.run import aside
-from settings import read_settings
+from plumbing.settings import read_settings
 
 STEPS = 10  # of the 100 that the schedule is made for
 

@@ -10,8 +10,8 @@ import re
 import statistics
 from pathlib import Path
 
+from evaluation.intervals import over_seeds, sign_flips
 from experiments.cells import AGES, ALPHAS, EPOCHS, EXPERIMENTS, FIFTH, FOUR, RATE, TIMES, seeds
-from intervals import over_seeds, sign_flips
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"

@@ -22,13 +22,13 @@ from unittest import mock
 import torch
 
 import train
-from checkpoint import checkpoints, read_rows
 from evaluate import answer, summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss
+from plumbing.checkpoint import checkpoints, read_rows
+from plumbing.settings import read_settings
 from rewards import load_problems
-from settings import read_settings
 from train import old_log_probs
 
 LAST = 10  # steps at the end of a run whose metrics are averaged

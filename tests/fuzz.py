@@ -17,10 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import fault, save_checkpoint  # noqa: E402
 from evaluate import style  # noqa: E402
-from judge import read_marks, read_preference  # noqa: E402
-from model import Qwen2, write_json  # noqa: E402
+from evaluation.judge import read_marks, read_preference  # noqa: E402
+from model import Qwen2  # noqa: E402
+from plumbing.checkpoint import fault, save_checkpoint  # noqa: E402
+from plumbing.hub import write_json  # noqa: E402
+from plumbing.problems import read_problems  # noqa: E402
+from plumbing.settings import make_parser, read_settings  # noqa: E402
 from rewards import (  # noqa: E402
     SCORERS,
     Problem,
@@ -28,11 +31,9 @@ from rewards import (  # noqa: E402
     extract_answer,
     has_format,
     is_correct,
-    read_problems,
     reward,
 )
 from rollout import flat_batch  # noqa: E402
-from settings import make_parser, read_settings  # noqa: E402
 
 GOLDS = ["18", "-2.5", "1/3", "50%", "1,234", "0"]
 LATEX = [r"\frac{14}{3}", r"x^2+1", r"(3,\frac{\pi}{2})"]

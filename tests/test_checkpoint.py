@@ -1,4 +1,4 @@
-"""checkpoint.py: kills, damage, full disks, locks; nothing lost."""
+"""plumbing/checkpoint.py: kills, damage, full disks, locks; nothing lost."""
 import itertools
 import json
 import shutil
@@ -11,10 +11,10 @@ import torch
 from kill import kill_and_compare
 from test_train import ROOT, SMALL, in_empty_folder, metrics, run  # noqa: F401
 
-import checkpoint
 import train
 from model import Qwen2
-from settings import read_settings
+from plumbing import checkpoint
+from plumbing.settings import read_settings
 
 FOLDER = Path("runs/tiny-pspo-s0")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import evaluate
-import intervals
+from evaluation import intervals
 from model import Qwen2
+from plumbing import checkpoint
 from rewards import Problem, build_prompt, load_problems
 
 ROOT = Path(evaluate.__file__).resolve().parent
@@ -474,7 +474,9 @@ REWRITE = r"""
 import json, re
 from decimal import Decimal
 import rewards
-problems, _ = rewards.read_problems("math500")
+from plumbing import number
+from plumbing.problems import read_problems
+problems, _ = read_problems("math500")
 def rewritten(gold):
     yield gold.replace(r"\frac", r"\dfrac")
     yield re.sub(r"(?<![\^_{\\a-zA-Z])([-+=,])(?!\d{3})", r" \1 ", gold)
@@ -482,7 +484,7 @@ def rewritten(gold):
         yield gold.replace(r"\left", "").replace(r"\right", "")
     else:
         yield gold.replace("(", r"\left( ").replace(")", r" \right)")
-    if rewards._gold_number(gold):
+    if number.gold_number(gold):
         yield gold + r" \text{ cm}"
 wrong, collapsed = [], 0
 for p in problems:
@@ -490,7 +492,7 @@ for p in problems:
                for x in rewritten(p.gold)):
         wrong.append(p.gold)
     collapsed += p.kind == "latex" and rewards.is_correct(
-        "#### " + str(rewards._paper_number("#### " + p.gold)), p.gold, "paper")
+        "#### " + str(number.paper_number("#### " + p.gold)), p.gold, "paper")
 print(json.dumps([len(problems), wrong, collapsed]))
 """
 

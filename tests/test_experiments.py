@@ -13,7 +13,6 @@ import torch
 
 import objectives
 import train
-from checkpoint import read_rows
 from experiments import __main__ as entry
 from experiments import cells, report
 from experiments import replay as replays
@@ -28,7 +27,8 @@ from experiments.replay import (
     trained,
 )
 from model import Qwen2
-from settings import read_settings
+from plumbing.checkpoint import read_rows
+from plumbing.settings import read_settings
 
 SMALL = ("--steps 2 --validate-every 2 --prompts-per-step 4 --group-size 4 --minibatches 2 "
          "--validation-problems 4")

@@ -79,7 +79,7 @@ def faulty(hub, tmp_path):
 
 MODEL = """
 import sys
-from model import fingerprint, model_folder
+from plumbing.hub import fingerprint, model_folder
 try:
     print(fingerprint(model_folder("Qwen/Qwen2.5-0.5B")))
 except (ValueError, OSError) as e:

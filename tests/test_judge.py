@@ -1,4 +1,4 @@
-"""judge.py: what is believed, an endpoint that misbehaves, and a local model as judge."""
+"""evaluation/judge.py: what is believed, an endpoint that misbehaves, a local model as judge."""
 import http.server
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-import judge
+from evaluation import judge
 from model import Qwen2
 from rewards import load_problems
 

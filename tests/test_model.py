@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as model_module
-from model import TINY, Qwen2, to_hub
+from model import Qwen2
 from objectives import noclip, policy_loss
+from plumbing import hub
+from plumbing.hub import TINY, to_hub
 from rollout import SharedPromptAttention, flat_batch
 
 SHAPES = [  # width, heads, K/V heads, MLP, layers, tied
@@ -241,7 +243,7 @@ def test_every_stop_token_of_every_file_is_a_stop_id():
 
         def __call__(self, text, add_special_tokens):
             return {"input_ids": {"<end>": [7], "": []}[text]}
-    find = model_module.find_stop_ids
+    find = hub.find_stop_ids
     assert find(Tokenizer(), {"eos_token_id": 1}, {"eos_token_id": [2, 1]}) == [1, 2, 3, 7]
     assert find(None, {"eos_token_id": None}, {}) == []
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import parallel
 import train as train_script
-from checkpoint import read_rows
-from settings import read_settings
+from plumbing.checkpoint import read_rows
+from plumbing.settings import read_settings
 
-ROOT = Path(parallel.__file__).resolve().parent
+ROOT = Path(train_script.__file__).resolve().parent
 SMALL = ["--model", "tiny", "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--steps", "5",
          "--prompts-per-step", "6", "--group-size", "4", "--minibatches", "2", "--validate-every",
          "5", "--validation-problems", "7", "--test-problems", "0", "--learning-rate", "1e-4"]
@@ -91,7 +90,8 @@ def test_sharding_needs_several_processes(capsys):
 LOPSIDED = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, parallel, train
+import torch, train
+from plumbing import parallel
 from test_train import made_up_rollout, settings
 from model import Qwen2
 from types import SimpleNamespace
@@ -136,7 +136,8 @@ def test_when_one_process_dies_the_others_end_with_a_message():
     Path("dies.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import parallel, train
+import train
+from plumbing import parallel
 real = train.reward
 calls = []
 def reward(*a, **k):

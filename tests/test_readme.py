@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import evaluate
-import settings
 import train
+from plumbing import checkpoint, settings
 
 ROOT = Path(train.__file__).resolve().parent
 NOT_OURS = {"runs", "evaluations"}  # written by commands, and not in git

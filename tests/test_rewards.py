@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import rewards
+from plumbing import latex
+from plumbing.number import as_text, gold_number
+from plumbing.problems import read_problems
 from rewards import (
     Problem,
     build_prompt,
@@ -19,7 +22,6 @@ from rewards import (
     is_correct,
     load_problems,
     prompt_text,
-    read_problems,
     reward,
 )
 
@@ -96,8 +98,8 @@ def test_the_gold_decides_what_a_percent_sign_means(answer, gold, right):
     ("Vendor 2", None), ("2k", None), ("52_8", None), ("3, 5", None), (r"7\pi", None),
     (r"\frac{14}{3}", None), ("1/0", None), ("9" * 1001, None), ("", None)])
 def test_a_gold_is_a_number_only_as_a_whole(gold, number):
-    found = rewards._gold_number(gold)
-    assert (rewards._as_text(found) if found else None) == number
+    found = gold_number(gold)
+    assert (as_text(found) if found else None) == number
 
 
 def test_a_truncated_completion_answers_only_on_a_finished_line():
@@ -158,19 +160,19 @@ def test_latex_is_graded_in_threads_and_leaves_the_signal_handlers_alone():
 
 def test_a_comparison_without_a_verdict_is_reported_not_hidden(capfd):
     assert is_correct("#### 0.5", r"\frac{1}{2}")  # starts the process, which is not timed
-    begun, n_before = time.perf_counter(), len(rewards.ungraded)
+    begun, n_before = time.perf_counter(), len(latex.ungraded)
     assert not is_correct(r"#### \binom{99999999}{5000001}", r"\frac{1}{2}")
     assert time.perf_counter() - begun < 1
-    assert rewards.ungraded[n_before:] == [(r"\frac{1}{2}", r"\binom{99999999}{5000001}")]
+    assert latex.ungraded[n_before:] == [(r"\frac{1}{2}", r"\binom{99999999}{5000001}")]
     assert "no verdict on the LaTeX answer" in capfd.readouterr().err
     assert is_correct("#### 0.25", r"\frac{1}{4}")  # and the next one is graded as ever
 
 
 def test_a_math_verify_that_does_not_start_raises(monkeypatch, tmp_path):
-    broken = tmp_path / "rewards.py"
+    broken = tmp_path / "latex.py"
     broken.write_text("raise ImportError('no math_verify')")
-    monkeypatch.setattr(rewards, "__file__", str(broken))
-    monkeypatch.setattr(rewards, "_workers", [])
+    monkeypatch.setattr(latex, "__file__", str(broken))
+    monkeypatch.setattr(latex, "_workers", [])
     with pytest.raises(RuntimeError, match="did not start"):
         is_correct("#### 0.125", r"\frac{1}{8}")
 
@@ -293,11 +295,11 @@ def seconds_to_grade(text, gold):
 @pytest.fixture
 def sentinel(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rewards, "_workers", [])  # a worker that runs in this folder, too
+    monkeypatch.setattr(latex, "_workers", [])  # a worker that runs in this folder, too
     file = tmp_path / "SENTINEL"
     file.write_text("still here")
     yield file
-    for worker in rewards._workers:
+    for worker in latex._workers:
         worker.kill()
 
 
@@ -481,7 +483,8 @@ def test_every_way_the_hub_can_fail_becomes_that_one_error(monkeypatch):
 
 LOAD_ALL = """
 import json
-from rewards import is_correct, load_problems, read_problems, reward
+from plumbing.problems import read_problems
+from rewards import is_correct, load_problems, reward
 found = {}
 for name, split in [("gsm8k", "train"), ("openai/gsm8k", "test"), ("svamp", "train"),
                     ("ChilleD/SVAMP", "test"), ("asdiv", "test"), ("math500", "test"),

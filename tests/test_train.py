@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import rewards
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
+from plumbing import checkpoint, problems
 from rollout import Rollout
 
 ROOT = Path(train.__file__).resolve().parent
@@ -420,7 +419,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
     def broken(ratio, advantage):
         raise RuntimeError("the size of tensor a must match")
     monkeypatch.setitem(OBJECTIVES, "noclip", broken)
-    monkeypatch.setattr("settings.check_settings", lambda *_: None)
+    monkeypatch.setattr("plumbing.settings.check_settings", lambda *_: None)
     with pytest.raises(RuntimeError, match="the size of tensor a"):
         run("--objective", "noclip", "--reward", "noise", "--validate-every", "100")
 
@@ -496,11 +495,11 @@ def test_the_files_problems_are_split_three_ways_without_overlap():
 
 def test_a_set_keeps_its_own_validation_split(monkeypatch):
     s = SimpleNamespace(data="mine", validation_problems=5, test_problems=7, prompts_per_step=1)
-    monkeypatch.setitem(rewards.SETS, "mine", rewards.SETS["tiny"]._replace(latex=True))
+    monkeypatch.setitem(problems.SETS, "mine", problems.SETS["tiny"]._replace(latex=True))
     train_, validation, test = train.split_problems(s)
     assert [p.id for p in validation] == [f"mine/validation/{i}" for i in range(5)]
     everything = len(train_)
-    monkeypatch.setitem(rewards.SETS, "mine", rewards.SETS["mine"]._replace(splits=rewards.BOTH))
+    monkeypatch.setitem(problems.SETS, "mine", problems.SETS["mine"]._replace(splits=problems.BOTH))
     train_, validation, test = train.split_problems(s)
     assert len(train_) == everything - 5 and {p.id[:11] for p in validation} == {"mine/train/"}
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from model import Qwen2
+from plumbing.hub import keep_freed_memory
 from rewards import Problem, build_prompt
 from rollout import flat_batch
 
@@ -139,6 +140,7 @@ def train_base(model, rows, rng):
 
 
 def main():
+    keep_freed_memory()
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Make the embedded default.")
     parser.add_argument("--out", default=Path(__file__).parent, type=Path, help="folder to fill")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,7 @@
 
 What it does    turns lists of numbers, one a problem or one a run, into 95 % intervals and p's.
 What it leaves  what the numbers are, and which of them are paired, to evaluate.py.
-Run it alone    python intervals.py        shows what each says of the same small example
+Run it alone    python -m evaluation.intervals        shows what each says of the same small example
 Where to fork   evaluate.py asks `interval_of` and `verdict`: change there what counts as shown.
 """
 import math

@@ -4,7 +4,7 @@ What it does    starts torch.distributed where torchrun set it up, and offers wh
                 who am I, gather, sum the gradients, does anybody; and a model that lies in parts
                 with all processes (`shard`, `whole`).
 What it leaves  who samples and trains what to train.py. Without torchrun nothing happens here.
-Run it alone    torchrun --nproc-per-node 2 parallel.py      each process says who it is
+Run it alone    torchrun --nproc-per-node 2 -m plumbing.parallel    each process says who it is
 Where to fork   `shard` is FSDP2 as PyTorch has it; tensor parallelism would begin there.
 
 Every process makes the same calls here in the same order, whatever its part of a rollout looks

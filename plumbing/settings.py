@@ -3,7 +3,7 @@
 What it does    turns a command line, and with --resume a run's config.json, into one namespace of
                 settings that fit together, or ends in one line that says what does not.
 What it leaves  what the settings do to train.py; an objective's own to its signature.
-Run it alone    python settings.py [flags]     all settings as a run with these flags would have
+Run it alone    python -m plumbing.settings [flags]     all settings of a run with these flags
 Where to fork   a new setting is one line in `make_parser`, and one in README.md's table.
 """
 import argparse
@@ -18,9 +18,10 @@ from types import SimpleNamespace
 
 import torch
 
-import parallel
-from model import DTYPES, read_json
+from model import DTYPES
 from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
+from plumbing import parallel
+from plumbing.hub import read_json
 from rewards import MODES
 from rollout import check_sampling
 

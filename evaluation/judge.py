@@ -4,7 +4,7 @@ What it does    asks a local model or an OpenAI-compatible endpoint about answer
                 is not told, and believes nothing but a reply that is exactly the JSON asked for.
                 Other replies are asked for again, then counted. Replies go to disk as they come.
 What it leaves  which answers are judged, and the statistics, to evaluate.py.
-Run it alone    python judge.py        shows both prompts
+Run it alone    python -m evaluation.judge        shows both prompts
 Where to fork   the rubric is ASPECTS; raise PROMPT_VERSION with every change of a prompt.
 """
 import concurrent.futures
@@ -116,7 +116,7 @@ class LocalJudge:
     """A model folder or hub name, through model.py and rollout.py: greedy, then at 0.7."""
 
     def __init__(self, name, device, dtype, batch=64):
-        from model import fingerprint, model_folder
+        from plumbing.hub import fingerprint, model_folder
         self.name = f"{name} ({fingerprint(model_folder(name))[:12]}, {dtype})"
         self.where, self.batch = (name, device, dtype), batch
 

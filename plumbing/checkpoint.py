@@ -3,7 +3,7 @@
 What it does    writes a checkpoint whole or not at all, finds the newest one that is undamaged,
                 cuts the logs back to it, and lets one process at a time into a run's folder.
 What it leaves  what is in a checkpoint to train.py, the format of the model to model.py.
-Run it alone    python checkpoint.py runs/tiny-pspo-s0      checks every file of every checkpoint
+Run it alone    python -m plumbing.checkpoint RUN …      checks every file of every checkpoint
 Where to fork   another store (a bucket, a second disk): `save_checkpoint` and `newest_whole`.
 
 runs/<name>/checkpoints/step_N/ holds a model folder, trainer.pt and checksums.json, the SHA-256 of
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import hash_file, read_json, write_json, write_whole
+from plumbing.hub import hash_file, read_json, write_json, write_whole
 
 SUMS = "checksums.json"
 
