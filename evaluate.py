@@ -53,8 +53,9 @@ from plumbing.hub import (
 )
 from plumbing.latex import ungraded
 from plumbing.problems import read_problems, report_dropped
+from plumbing.settings import check_sampling
 from rewards import INSTRUCTION, SCORERS, build_prompt, extract_answer, has_format, is_correct
-from rollout import check_sampling, generate, room_for
+from rollout import generate, room_for
 
 STYLE = {  # measure of one answer: (heading, format); README defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),

@@ -67,11 +67,12 @@ from plumbing.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from plumbing.engine import places_for
 from plumbing.hub import is_out_of_memory, keep_freed_memory, read_json, write_json, write_whole
 from plumbing.problems import SETS, name_of
 from plumbing.settings import chosen_objective, read_settings
 from rewards import build_prompt, load_problems, reward
-from rollout import FlatBatch, Rollout, flat_batch, generate, places_for
+from rollout import FlatBatch, Rollout, flat_batch, generate
 
 HERE = Path(__file__).resolve().parent
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
@@ -198,7 +199,7 @@ def update(run, minibatches, s):
                         total = total + s.beta * (weight * kl).sum()
                     return total
 
-                logp_M, entropy_M = run.model.completion_log_probs(micro.batch, s.temperature, loss,
+                logp_M, entropy_M = run.model.accumulate_gradients(micro.batch, s.temperature, loss,
                                                                    entropy=first_pass)
                 if first_pass:
                     micro.old_logp_M = logp_M
@@ -460,7 +461,7 @@ def try_largest_batch(run, s):
         torch.cuda.reset_peak_memory_stats(s.device)
         before = torch.cuda.memory_allocated(s.device)
         batch = flat_batch([prompt] * n, [[completion] * G] * n, s.device)
-        run.model.completion_log_probs(batch, s.temperature, lambda logp, chunk: logp.sum(), True)
+        run.model.accumulate_gradients(batch, s.temperature, lambda logp, chunk: logp.sum(), True)
         return torch.cuda.max_memory_allocated(s.device) - before
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())

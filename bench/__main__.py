@@ -302,7 +302,7 @@ def alone(contender, flags):
 
         def loss(logp, chunk):
             return (weight[chunk] * logp).sum()
-        scored = {"head": lambda: model.completion_log_probs(batch, 0.8, loss),
+        scored = {"head": lambda: model.accumulate_gradients(batch, 0.8, loss),
                   "full_head": lambda: peers.full_logits(model, batch, 0.8, loss),
                   "trl_head": lambda: peers.trl_head(model, batch, 0.8, loss)}[contender]
         if contender == "trl_head":

@@ -32,8 +32,9 @@ from bench import ours, peers
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
 from plumbing.checkpoint import read_rows
+from plumbing.engine import sampler_for
 from plumbing.hub import TINY, checked_config, is_out_of_memory
-from rollout import flat_batch, generate, sampler_for
+from rollout import flat_batch, generate, n_draws, sample
 
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; the head has more rows
 PROMPT = 172  # tokens: GSM8K's training prompts with the system instruction have about as many
@@ -195,7 +196,8 @@ def decode(args, size, claim):
         first, _ = ours.timed(lambda: generate(*work, max_rows=rows), model.device)
         took = median_s(lambda: generate(*work, max_rows=rows, step=1), args.device)
         with torch.inference_mode():
-            sampler = sampler_for(*work, rows)
+            sampler = sampler_for(*work, rows, n_draws(0.9), lambda logp_RV, u_RD: sample(
+                logp_RV, 0.8, 0.9, u_RD))
             sampler.resize(rows)
 
             def step():  # of rows that have ended, which cost what others do
@@ -253,7 +255,7 @@ def largest_micro_batch(args, size, model, group, claim):
             torch.cuda.reset_peak_memory_stats()
         before = train.peak_memory_gib(args.device)
         batch = flat_batch([[1] * size.prompt] * n, [[[1] * size.new_tokens] * 4] * n, args.device)
-        model.completion_log_probs(batch, 0.8, lambda logp, chunk: logp.sum())
+        model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
         return (train.peak_memory_gib(args.device) - before) * 2**30
     bytes_of(1)  # the gradients
     one, two = bytes_of(1), bytes_of(2)

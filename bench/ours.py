@@ -11,13 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import rollout
 import train
 from model import DTYPES, Qwen2
 from objectives import group_advantages
+from plumbing import engine
+from plumbing.engine import Sampler
 from plumbing.hub import checked_config
 from plumbing.settings import make_parser
-from rollout import Sampler, generate
+from rollout import generate
 
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
@@ -76,11 +77,11 @@ def sampling(run, prompts, s, lengths=None):
     arguments = (run.model, prompts, s.group_size, s.max_new_tokens, s.temperature, s.top_p, 0, 1)
     if lengths is None:
         return generate(*arguments, max_rows=s.rollout_rows)
-    Limited.lengths, rollout.Sampler = lengths, Limited
+    Limited.lengths, engine.Sampler = lengths, Limited
     try:
         result = generate(*arguments, max_rows=s.rollout_rows)
     finally:
-        rollout.Sampler = Sampler
+        engine.Sampler = Sampler
     assert [len(ids) for ids in result.completions] == lengths
     return result
 

@@ -1,6 +1,7 @@
 """The fixture `as_on_cuda` shows the faults that a plain CPU hides; and no tensor of the CPU meets
 one of CUDA. All tests that run as on CUDA: python -m pytest -k as_on_cuda"""
 import inspect
+import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -11,10 +12,10 @@ from test_train import made_up_rollout, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import rollout
 import train
-from model import Qwen2
-from rollout import CachedAttention, PaddedSequences, Sampler, flat_batch, generate, prefill
+from model import PaddedSequences, Qwen2
+from plumbing.engine import CachedAttention, Sampler, prefill
+from rollout import flat_batch, generate, sample
 
 
 def sampled(model, max_new_tokens=30):
@@ -28,7 +29,7 @@ def sampled_together(model):
 
 def scored(model):
     batch = flat_batch(*random_batch())
-    return model.completion_log_probs(batch, 1.0, lambda logp, chunk: logp.sum())[0].tolist()
+    return model.accumulate_gradients(batch, 1.0, lambda logp, chunk: logp.sum())[0].tolist()
 
 
 FAULTS = {  # what is done, the method with the fault, its line as it is, with the fault
@@ -54,11 +55,12 @@ FAULTS = {  # what is done, the method with the fault, its line as it is, with t
 def plant(monkeypatch, method, line, fault):
     """Put `fault` in the place of `line` in the source of a method."""
     owner, name = method.__qualname__.split(".")
+    module = sys.modules[method.__module__]
     source = textwrap.dedent(inspect.getsource(method))
     assert line in source, f"{method.__qualname__} has changed; it has no {line!r}"
     scope = {}
-    exec(source.replace(line, fault), vars(rollout), scope)
-    monkeypatch.setattr(getattr(rollout, owner), name, scope[name])
+    exec(source.replace(line, fault), vars(module), scope)
+    monkeypatch.setattr(getattr(module, owner), name, scope[name])
 
 
 @pytest.mark.parametrize("work, method, line, fault", FAULTS.values(), ids=FAULTS)
@@ -99,7 +101,8 @@ def sampled_and_updated_elsewhere():
     prompts, completions = random_batch()
     with torch.inference_mode():
         sampler = Sampler(model.for_sampling(), 20, n_rows=6, n_prompts=3, group_size=2,
-                          max_new_tokens=10, temperature=1.0, top_p=0.9)
+                          max_new_tokens=10, temperature=1.0, n_draws=8,
+                          choose=lambda logp_RV, u_RD: sample(logp_RV, 1.0, 0.9, u_RD))
         sampler.resize(6)
         places = torch.arange(2, device="meta")
         sampler.attention.store_prompts(places, *prefill(sampler.model, prompts))

@@ -5,8 +5,9 @@ from test_model import SHAPES, random_batch, theirs
 from test_train import metrics, run, updated
 
 import train
-from model import Qwen2
-from rollout import LENGTH_STEP, Sampler, SharedPromptAttention, flat_batch, generate
+from model import Qwen2, SharedPromptAttention
+from plumbing.engine import LENGTH_STEP, Sampler
+from rollout import flat_batch, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -116,7 +117,7 @@ def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(
         completions = [torch.randint(97, (n,), generator=g).tolist() for _ in range(4)]
         batch = flat_batch([completions[0][:28]], [completions], "cuda")
         model.zero_grad()
-        model.completion_log_probs(batch, 1.0, lambda logp, chunk: logp.mean())
+        model.accumulate_gradients(batch, 1.0, lambda logp, chunk: logp.mean())
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -8,7 +8,8 @@ from test_model import SHAPES, random_batch, theirs
 import rollout
 from model import Qwen2
 from objectives import noclip, policy_loss
-from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, uniform
+from plumbing import engine
+from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, sample_slowly, uniform
 
 FALSE_ALARM = 1e-6  # chance that a chi-square test below fails though the sampler is right
 
@@ -96,6 +97,15 @@ def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_row
         assert result.finished[b] == (slow_ids[-1] in model.stop_ids)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.8, 0.9), (1.2, 0.5), (0.0, 1.0)])
+def test_the_fast_sampler_gives_what_the_slow_one_defines(model, machine, temperature, top_p):
+    work = (model, some_prompts(), 3, 20, temperature, top_p, 4, 1, [7, 8, 2])
+    fast, slow = generate(*work, max_rows=4), sample_slowly(*work)
+    assert (fast.completions, fast.finished) == (slow.completions, slow.finished)
+    for one, two in zip(fast.logps, slow.logps, strict=True):
+        assert one == pytest.approx(two, abs=2e-5)
+
+
 def test_waves_and_company_change_no_text(model, machine):
     # A row's draws are keyed by (seed, step, prompt, sample, position), not by where it runs.
     prompts = some_prompts()
@@ -130,13 +140,13 @@ def test_finished_rows_leave_the_computation(model, monkeypatch):
     lengths = [len(c) for c in result.completions]
     assert rows.pop(0) == sum(map(len, some_prompts()))  # prompts once, not once a sample
     for t, n in enumerate(rows):  # what runs at step t, rounded up to a size, a few steps late
-        running = sum(length > t - t % rollout.LOOK_EVERY for length in lengths)
-        assert n == min(rollout.size_for(running), len(lengths))
+        running = sum(length > t - t % engine.LOOK_EVERY for length in lengths)
+        assert n == min(engine.size_for(running), len(lengths))
     assert sum(rows) < 0.8 * len(lengths) * max(lengths)
 
 
 def test_sizes_are_two_to_a_doubling():
-    assert [rollout.size_for(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12,
+    assert [engine.size_for(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12,
                                                            16, 16, 16, 16, 24]
 
 
@@ -145,7 +155,7 @@ def test_places_of_ended_rows_are_refilled(model, monkeypatch):
     forward = Qwen2.forward
 
     def counted(self, ids_N, positions_N, attend):
-        if isinstance(attend, rollout.CachedAttention):
+        if isinstance(attend, engine.CachedAttention):
             rows.append(len(ids_N))
         return forward(self, ids_N, positions_N, attend)
     monkeypatch.setattr(Qwen2, "forward", counted)
@@ -304,7 +314,7 @@ def test_group_shared_scoring_equals_separate_scoring_gradients_included(model, 
             weight = torch.full_like(logp, 1 / len(advantage))
             return policy_loss(logp, logp.detach(), advantage[chunk], weight,
                                batch.sequence_M[chunk], noclip)[0]
-        logp, _ = model.completion_log_probs(batch, 1.0, loss)
+        logp, _ = model.accumulate_gradients(batch, 1.0, loss)
         return logp, {name: p.grad.clone() for name, p in model.named_parameters()}
     shared_logp, shared = gradients([prompt], [completions])
     single_logp, single = gradients([prompt] * 5, [[c] for c in completions])
@@ -320,7 +330,7 @@ def test_a_pass_without_gradient_equals_one_with_it_bit_for_bit(model, dtype, ma
     model.compute_dtype = dtype
     try:
         quiet, _ = model.completion_log_probs(batch, 0.8)
-        loud, _ = model.completion_log_probs(batch, 0.8, lambda logp, chunk: logp.sum())
+        loud, _ = model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
     finally:
         model.compute_dtype = torch.float32
     assert torch.equal(quiet, loud)
@@ -331,5 +341,5 @@ def test_the_stop_token_is_trained_on_though_pad_equals_eos(model, machine):
     batch = flat_batch([[1, 2]], [[[3, stop], [4, 6, stop]]])
     assert (batch.target_M == stop).sum() == 2
     model.zero_grad()
-    model.completion_log_probs(batch, 1.0, lambda logp, chunk: -logp[batch.target_M == stop].sum())
+    model.accumulate_gradients(batch, 1.0, lambda logp, chunk: -logp[batch.target_M == stop].sum())
     assert model.get_parameter("model.embed_tokens.weight").grad[stop].norm() > 0

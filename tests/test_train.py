@@ -129,12 +129,12 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch, as_on_cuda, 
     s, folder = train.read_settings(["--alpha", "0.1"])
     run = train.prepare(s, folder)
     before, sizes = [p.clone() for p in run.model.parameters()], []
-    scored = Qwen2.completion_log_probs
+    trained = Qwen2.accumulate_gradients
 
     def watched(self, batch, *arguments):
         sizes.append(len(batch.ids_N))
-        return scored(self, batch, *arguments)
-    monkeypatch.setattr(Qwen2, "completion_log_probs", watched)
+        return trained(self, batch, *arguments)
+    monkeypatch.setattr(Qwen2, "accumulate_gradients", watched)
     answer, answered = train.sample_answers, []
     monkeypatch.setattr(train, "sample_answers", lambda model, problems, samples, *rest, **more: (
         answered.append((len(problems), samples, more["max_rows"])),
@@ -163,7 +163,7 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch, as_on_cuda, 
             (RuntimeError("another"), RuntimeError, "^another$")):
         def fails(*arguments):
             raise e
-        monkeypatch.setattr(Qwen2, "completion_log_probs", fails)
+        monkeypatch.setattr(Qwen2, "accumulate_gradients", fails)
         with pytest.raises(expected, match=words):
             train.try_largest_batch(run, s)
 
@@ -454,7 +454,7 @@ def test_an_optimizer_step_by_hand():
 def test_the_loss_of_a_micro_batch_by_hand(monkeypatch):
     losses = []
 
-    def completion_log_probs(batch, temperature, loss, entropy):
+    def accumulate_gradients(batch, temperature, loss, entropy):
         logp_M = torch.tensor([0.5, 0.5]).log()
         losses.append(loss(logp_M, slice(0, 2)).item())
         return logp_M, torch.zeros(2)
@@ -465,7 +465,7 @@ def test_the_loss_of_a_micro_batch_by_hand(monkeypatch):
                             advantage_M=torch.tensor([2.0, -1.0]),
                             reference_logp_M=torch.tensor([0.25, 0.5]).log(),
                             batch=SimpleNamespace(sequence_M=torch.tensor([0, 1])))
-    run = SimpleNamespace(model=SimpleNamespace(completion_log_probs=completion_log_probs),
+    run = SimpleNamespace(model=SimpleNamespace(accumulate_gradients=accumulate_gradients),
                           reference=object(), state={"optimizer_steps": 0, "skipped_steps": 0})
     seen = train.update(run, [[micro]], s)
     # r = 1: −(0.25·2 − 0.75·1) = 0.25. k3 of the first token: 0.25/0.5 − log(0.25/0.5) − 1
@@ -608,8 +608,7 @@ def test_the_default_path_of_qwen_on_gsm8k_through_the_hub(hub, tmp_path):
 import torch
 from transformers import AutoModelForCausalLM
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from model import Qwen2
-from rollout import SharedPromptAttention
+from model import Qwen2, SharedPromptAttention
 trained = "runs/hub/checkpoints/step_1"
 ours, base = Qwen2.from_pretrained(trained), Qwen2.from_pretrained("Qwen/Qwen2.5-0.5B")
 assert ours.stop_ids == [151643, 151645] and ours.n_real_ids == 151665, ours.stop_ids
