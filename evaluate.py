@@ -14,24 +14,20 @@ A *cell* is one model on one set at one temperature; its *rows* are one dict for
 """
 import argparse
 import glob
-import hashlib
 import json
-import operator
-import os
 import re
 import shutil
 import statistics
 import sys
-import time
-from decimal import Decimal
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from evaluation import judge
+from evaluation.answers import CHUNK, Progress, digest, read_answers, rows_that_fit
+from evaluation.figures import draw_accuracy
 from evaluation.intervals import (
-    LEAST_P,
     bootstrap,
     interval_of,
     over_seeds,
@@ -40,30 +36,27 @@ from evaluation.intervals import (
     verdict,
     welch,
 )
+from evaluation.judge import JUDGED
+from evaluation.style import STYLE, after_answer, style
+from evaluation.tables import (
+    comparison_table,
+    main_score,
+    measure_table,
+    p_value,
+    score_table,
+    seed_table,
+)
 from model import DTYPES, Qwen2
 from plumbing.checkpoint import locked
-from plumbing.hub import (
-    checked_config,
-    fingerprint,
-    is_out_of_memory,
-    keep_freed_memory,
-    model_folder,
-    read_json,
-    write_whole,
-)
+from plumbing.files import write_whole
+from plumbing.hub import fingerprint, is_out_of_memory, keep_freed_memory, model_folder
 from plumbing.latex import ungraded
 from plumbing.problems import read_problems, report_dropped
 from plumbing.settings import check_sampling
 from rewards import INSTRUCTION, SCORERS, build_prompt, extract_answer, has_format, is_correct
 from rollout import generate, room_for
 
-STYLE = {  # measure of one answer: (heading, format); README defines them
-    "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
-    "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
-    "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}
-JUDGED = {f"judge_{aspect}": (f"judge: {aspect}", ".2f") for aspect in judge.ASPECTS}
 YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false of an answer
-CHUNK = 6  # chosen: answers are kept in chunks of 6 × the rows in flight; a kill costs one chunk
 
 
 # ------------------------------------------------------------------ answers and their grades
@@ -122,107 +115,6 @@ def measure(rows, problems):
         row |= {"gold": problem.gold, "format": has_format(text, finished, problem.gold),
                 "answer": extract_answer(text, "flexible", finished, problem.kind), **style(text)}
     return rows
-
-
-ROLE = re.compile(r"<\|\w+\|>|^(?:system|user|human|assistant|q|question|problem)[ \t]*(?::|$)",
-                  re.M | re.I)
-OPERAND = r"[$€£]?(-?\d{1,15}(?:,\d{3})*(?:\.\d{1,10})?)"
-STATEMENT = re.compile(rf"(?<![\d.,)^]){OPERAND} *([-+*/×x÷−·]) *{OPERAND} *= *{OPERAND}"
-                       r"(?![\d,.]*\d)")
-PLAIN_SIGN = str.maketrans("−×x·÷", "-***/")
-COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-def style(text):
-    """Measures of one answer's style; those of STYLE without tokens.
-
-    leakage: it repeats six words of the instruction in a row, has a role marker or a heading of a
-        new question, or asks something after its answer line. repeated: share of word 4-grams that
-        occurred before. non_ascii: share of letters. statements, true_statements: how many
-        `a op b = c`, and how many of them hold.
-    """
-    words, letters = text.split(), [c for c in text if c.isalpha()]
-    grams = list(zip(*(words[i:] for i in range(4))))
-    instruction, own = (set(zip(*(w[i:] for i in range(6)))) for w in (
-        re.findall(r"\w+", t.lower()) for t in (INSTRUCTION, text)))
-    verdicts = [holds(match) for match in STATEMENT.finditer(text) if stands_alone(match)]
-    return {"leakage": bool(instruction & own or ROLE.search(text) or "?" in after_answer(text)),
-            "repeated": 1 - len(set(grams)) / len(grams) if grams else 0.0,
-            "non_ascii": sum(not c.isascii() for c in letters) / max(len(letters), 1),
-            "statements": len(verdicts), "true_statements": sum(verdicts)}
-
-
-def after_answer(text):
-    """What follows the first `####` line."""
-    return text.partition("####")[2].partition("\n")[2]
-
-
-def stands_alone(match):
-    """Whether `a op b = c` is no part of a longer term: not 2 + [3 * 4 = 12], [3 * 4 = 12] + 2."""
-    before, after = match.string[:match.start()][-20:], match.string[match.end():][:20]
-    return not (re.search(r"[\w)%] *[-+*/×x÷−·] *[$€£]?$", before)
-                or re.match(r" *[-+*/×x÷−·] *[$€£(]?\d", after))
-
-
-def holds(match):
-    """Whether a statement is true, c rounded to the digits it has."""
-    a, b, c = (Decimal(match[i].replace(",", "")) for i in (1, 3, 4))
-    sign = match[2].translate(PLAIN_SIGN)
-    if sign == "/" and not b:
-        return False
-    return abs(COMPUTE[sign](a, b) - c) <= Decimal(10) ** c.as_tuple().exponent / 2
-
-
-# ------------------------------------------------------------------ answers on disk
-
-def digest(*parts):
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def read_answers(path, settings, expected, chunk):
-    """(rows, bytes they take) of a file of answers: all of them, or those of its whole chunks.
-
-    expected: (problem id, sample) of every row; chunk: rows that were written at once.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = []
-    for i, line in enumerate(lines[:len(expected) + 1]):
-        try:
-            row = json.loads(line)
-            if i == 0 and row != settings:
-                raise OSError(f"{path} holds answers under other settings; move it away")
-            if i and ((row["problem"], row["sample"]) != expected[i - 1] or type(row["text"]) is
-                      not str or {type(row[k]) for k in ("n_tokens", "tokens_after")} != {int}
-                      or type(row["finished"]) is not bool):
-                break
-        except (ValueError, LookupError, TypeError):  # damaged; the rest is answered again
-            break
-        rows.append(row)
-    n = max(len(rows) - 1, 0)
-    n = n if n == len(expected) else n // chunk * chunk
-    return rows[1:n + 1], sum(len(line) + 1 for line in lines[:n + 1]) if n else 0
-
-
-class Progress:
-    """One bar over all answers of an evaluation, with the tokens a second of its sampling."""
-
-    def __init__(self, total):
-        self.bar = tqdm(total=total, unit="answer", smoothing=0.05, dynamic_ncols=True)
-        self.answers, self.tokens, self.seconds = 0, 0, 0.0  # of the rollouts that have ended
-
-    def start(self, label):
-        self.bar.set_description(label)
-        self.began = time.perf_counter()
-        return self
-
-    def __call__(self, n_ended, tokens_ended, tokens_others):
-        self.bar.update(self.answers + n_ended - self.bar.n)
-        self.now = (self.tokens + tokens_ended + tokens_others,
-                    self.seconds + time.perf_counter() - self.began)
-        self.bar.set_postfix_str(f"{self.now[0] / self.now[1]:,.0f} tokens/s", refresh=False)
-
-    def end(self):
-        self.answers, (self.tokens, self.seconds) = self.bar.n, self.now
 
 
 # ------------------------------------------------------------------ summaries
@@ -308,11 +200,6 @@ def seed_summaries(summaries):
     return found
 
 
-def main_score(rows):
-    """What a set is compared by: "math" where it has LaTeX answers, else "flexible"."""
-    return "math" if "math" in rows[0] else "flexible"
-
-
 def compare(a_runs, b_runs, key):
     """B − A of one measure: dict with a, b, difference, interval, p, verdict; None without values.
 
@@ -340,108 +227,6 @@ def compare(a_runs, b_runs, key):
             "verdict": verdict(interval, p)}
 
 
-# ------------------------------------------------------------------ tables and the figure
-
-def column(key, form="s"):
-    """What formats a row's value of this key, with its interval where there is one: 92.0% [87.4,
-    95.0]."""
-    def text(row):
-        value, interval = row.get(key), row.get(f"{key}_interval")
-        if value is None:
-            return ""
-        if not interval:
-            return format(value, form)
-        unit, plain = (100, form.replace("%", "f")) if form.endswith("%") else (1, form)
-        return f"{value:{form}} [{', '.join(format(unit * x, plain) for x in interval)}]"
-    return text
-
-
-WHICH = {"model": column("model"), "data": column("data"), "T": column("temperature", "g")}
-
-
-def table(rows, columns):
-    """A Markdown table, aligned; columns: heading -> text of a row. Empty columns are left out."""
-    columns = {heading: list(map(text, rows)) for heading, text in columns.items()}
-    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
-    widths = [max(map(len, [heading, *cells])) for heading, cells in columns.items()]
-    lines = [list(columns), ["-" * width for width in widths], *zip(*columns.values())]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
-                     for line in lines)
-
-
-def score_table(summaries):
-    ks = sorted(int(key[5:]) for key in {key for s in summaries for key in s if "@" in key})
-    return table(summaries, {
-        **WHICH, "n": column("n_problems", "d"), "samples": column("samples", "d"),
-        **{key: column(key, ".1%") for key in SCORERS}, "format": column("format", ".1%"),
-        "cut": column("truncated", ".1%"), "majority": column("majority", ".1%"),
-        **{f"pass@{k}": column(f"pass@{k}", ".1%") for k in ks if k > 1}})  # pass@1 is flexible
-
-
-def measure_table(summaries, measures):
-    return table(summaries, {**WHICH, **{heading: column(key, form)
-                                         for key, (heading, form) in measures.items()}})
-
-
-def seed_table(seeds):
-    return table(seeds, {**WHICH, "runs": column("runs", "d"),
-                         **{key: column(key, ".1%") for key in SCORERS}})
-
-
-def p_value(row):
-    if row["p"] is None:
-        return ""
-    return "≤ 0.0001" if row["p"] == LEAST_P else format(row["p"], ".2g")
-
-
-def comparison_table(comparisons):
-    """The scores, and all measures in which A and B differ anywhere."""
-    def number(key, sign=""):
-        return lambda row: format(row[key], sign + row["form"])
-
-    def interval(row):
-        ends = [format(x, row["form"]) for x in row["interval"] or ()]
-        return f"[{', '.join(ends)}]" if ends else ""
-    shown = [c for c in comparisons
-             if c["measure"] in SCORERS or c["difference"] or c["interval"] not in (None, (0, 0))]
-    return table(shown, {
-        "data": column("data"), "T": column("temperature", "g"), "measure": column("measure"),
-        "A": number("a"), "B": number("b"), "B − A": number("difference", "+"),
-        "95 % interval": interval, "p": p_value, "verdict": column("verdict")})
-
-
-def draw_accuracy(summaries, path):
-    """Accuracy against temperature with 95 % intervals, a panel per set, a line per model."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    sets = list(dict.fromkeys(s["data"] for s in summaries))
-    models = list(dict.fromkeys(s["model"] for s in summaries))
-    temperatures = sorted({s["temperature"] for s in summaries})
-    span = temperatures[-1] - temperatures[0] or 1.0
-    figure, panels = plt.subplots(1, len(sets), figsize=(1.5 + 3.5 * len(sets), 3.6), sharey=True,
-                                  squeeze=False, layout="constrained")
-    for data, panel in zip(sets, panels[0]):
-        for i, model in enumerate(models):
-            found = sorted((s for s in summaries if (s["data"], s["model"]) == (data, model)),
-                           key=lambda s: s["temperature"])
-            key = main_score(found)
-            y = [s[key] for s in found]
-            low, high = zip(*(s[f"{key}_interval"] for s in found))
-            errors = [[max(v - a, 0) for v, a in zip(y, low)],
-                      [max(b - v, 0) for v, b in zip(y, high)]]
-            x = [s["temperature"] + 0.01 * span * (i - (len(models) - 1) / 2) for s in found]
-            panel.errorbar(x, y, errors, fmt="o-", capsize=3, markersize=4, label=model)
-        panel.set(title=f"{data} ({key})", xlabel="temperature", ylim=(-0.02, 1.02),
-                  xticks=temperatures,
-                  xlim=(temperatures[0] - 0.1 * span, temperatures[-1] + 0.1 * span))
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("accuracy, 95 % intervals")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # ------------------------------------------------------------------ the evaluation
 
 def expand(name):
@@ -453,26 +238,6 @@ def expand(name):
         raise ValueError(f"{name}: no folder matches this pattern")
     return sorted(found, key=lambda path: [int(x) if x.isdecimal() else x
                                            for x in re.split(r"(\d+)", path)])
-
-
-def rows_that_fit(folder, device, dtype, max_new_tokens):
-    """Completions in flight that memory allows, at most 1,024, on a CPU 256 (more gain nothing).
-
-    Of the device's whole memory, so that the same command finds its answers again: 80 % of it
-    without the weights (masters and the sampler's copy), by a row's cache with two prompts of 512
-    tokens and its four rows of logits.
-    """
-    c = checked_config(read_json(folder / "config.json"))
-    if device == "cpu":
-        most, memory = 256, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        most, memory = 1024, torch.cuda.get_device_properties(device).total_memory
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    cached = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]
-    tokens = min(max_new_tokens + 1024, 3 * c["max_position_embeddings"])
-    row = tokens * cached * DTYPES[dtype].itemsize + 16 * c["vocab_size"]
-    fit = int((0.8 * memory - 3 * weights) / row)
-    return min(most, 1 << fit.bit_length() - 1) if fit > 0 else 1
 
 
 def longest_answers(model, name, sets, max_new_tokens):

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import parallel
+from plumbing.files import read_json, write_json, write_whole
 from plumbing.hub import (
     TOKENIZER_FILES,
     checked_config,
@@ -33,10 +34,7 @@ from plumbing.hub import (
     keep_freed_memory,
     load_weights,
     model_folder,
-    read_json,
     to_hub,
-    write_json,
-    write_whole,
 )
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the

@@ -3,7 +3,8 @@
 What it does    turns rewards into advantages, and log-probabilities into a loss. An objective is a
                 function of (ratio, advantage), token by token; how tokens are averaged is a
                 separate choice, a weight per token fixed before the optimizer step begins.
-What it leaves  everything with a model in it, and figures. Only torch is imported.
+What it leaves  everything with a model in it, figures to evaluation/figures.py. Only torch is
+                imported.
 Run it alone    python objectives.py     the table of gradient weight against ratio
 Where to fork   write a function of (ratio, advantage, settings…), add it to OBJECTIVES: its
                 settings become flags of train.py, with the defaults that stand in its signature.

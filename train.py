@@ -58,7 +58,6 @@ from objectives import (
 )
 from plumbing import parallel
 from plumbing.checkpoint import (
-    append_rows,
     checkpoints,
     copy_model,
     cut_rows,
@@ -68,7 +67,8 @@ from plumbing.checkpoint import (
     set_aside,
 )
 from plumbing.engine import places_for
-from plumbing.hub import is_out_of_memory, keep_freed_memory, read_json, write_json, write_whole
+from plumbing.files import append_rows, read_json, write_json, write_whole
+from plumbing.hub import is_out_of_memory, keep_freed_memory
 from plumbing.problems import SETS, name_of
 from plumbing.settings import chosen_objective, read_settings
 from rewards import build_prompt, load_problems, reward

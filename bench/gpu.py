@@ -31,7 +31,7 @@ import train
 from bench import ours, peers
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
-from plumbing.checkpoint import read_rows
+from plumbing.files import read_rows
 from plumbing.engine import sampler_for
 from plumbing.hub import TINY, checked_config, is_out_of_memory
 from rollout import flat_batch, generate, n_draws, sample

@@ -8,11 +8,12 @@ Run it alone    python -m evaluation.figures RUN …     curves.png of these run
 Where to fork   PANELS names what is drawn of a run.
 """
 import gc
-import json
 import sys
 from pathlib import Path
 
+from evaluation.tables import main_score
 from objectives import ARMS, gradient_weight
+from plumbing.files import read_rows
 
 OBJECTIVES_FIGURE = Path(__file__).resolve().parent.parent / "figures" / "objectives.png"
 PANELS = {"reward": ["reward_mean", "validation_reward"],
@@ -27,11 +28,10 @@ def draw_curves(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     points = {key: ([], []) for keys in PANELS.values() for key in keys}  # steps, values
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            for key in points.keys() & row.keys():
-                points[key][0].append(row["step"])
-                points[key][1].append(row[key])
+    for row in read_rows(folder / "metrics.jsonl"):
+        for key in points.keys() & row.keys():
+            points[key][0].append(row["step"])
+            points[key][1].append(row[key])
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, PANELS.items()):
         for key, style in zip(keys, ("-", "--", ":")):
@@ -66,6 +66,38 @@ def draw_objectives(path=OBJECTIVES_FIGURE):
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center",
                   ncols=4)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_accuracy(summaries, path):
+    """Accuracy against temperature with 95 % intervals, a panel per set, a line per model."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sets = list(dict.fromkeys(s["data"] for s in summaries))
+    models = list(dict.fromkeys(s["model"] for s in summaries))
+    temperatures = sorted({s["temperature"] for s in summaries})
+    span = temperatures[-1] - temperatures[0] or 1.0
+    figure, panels = plt.subplots(1, len(sets), figsize=(1.5 + 3.5 * len(sets), 3.6), sharey=True,
+                                  squeeze=False, layout="constrained")
+    for data, panel in zip(sets, panels[0]):
+        for i, model in enumerate(models):
+            found = sorted((s for s in summaries if (s["data"], s["model"]) == (data, model)),
+                           key=lambda s: s["temperature"])
+            key = main_score(found)
+            y = [s[key] for s in found]
+            low, high = zip(*(s[f"{key}_interval"] for s in found))
+            errors = [[max(v - a, 0) for v, a in zip(y, low)],
+                      [max(b - v, 0) for v, b in zip(y, high)]]
+            x = [s["temperature"] + 0.01 * span * (i - (len(models) - 1) / 2) for s in found]
+            panel.errorbar(x, y, errors, fmt="o-", capsize=3, markersize=4, label=model)
+        panel.set(title=f"{data} ({key})", xlabel="temperature", ylim=(-0.02, 1.02),
+                  xticks=temperatures,
+                  xlim=(temperatures[0] - 0.1 * span, temperatures[-1] + 0.1 * span))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("accuracy, 95 % intervals")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from experiments import replay, report, run
 from experiments.cells import EXPERIMENTS, seeds
+from plumbing.files import read_rows
 from plumbing.hub import keep_freed_memory
 from train import git
 
@@ -41,14 +42,11 @@ def missing(names, rows):
 def recorded(path):
     """The rows of a results file, none where there is no file; ends the process where a line is
     damaged."""
-    rows = []
-    for n, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            sys.exit(f"error: {path}, line {n} is not JSON (a run cut off while it wrote?); remove "
-                     "the line, and the run is made again")
-    return rows
+    try:
+        return read_rows(path) if path.exists() else []
+    except ValueError as e:
+        sys.exit(f"error: {e} (a run cut off while it wrote?); remove the line, and the run is "
+                 "made again")
 
 
 def runner(cell):

@@ -26,7 +26,8 @@ from evaluate import answer, summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss
-from plumbing.checkpoint import checkpoints, read_rows
+from plumbing.checkpoint import checkpoints
+from plumbing.files import read_rows
 from plumbing.settings import read_settings
 from rewards import load_problems
 from train import old_log_probs

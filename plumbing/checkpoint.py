@@ -10,8 +10,6 @@ runs/<name>/checkpoints/step_N/ holds a model folder, trainer.pt and checksums.j
 every other file, which is written last. A folder under another name is unfinished.
 """
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.hub import hash_file, read_json, write_json, write_whole
+from plumbing.files import json_lines, read_json, sha256, write_json, write_whole
 
 SUMS = "checksums.json"
 
@@ -107,12 +105,6 @@ def flush(path):
         os.close(handle)
 
 
-def sha256(path):
-    total = hashlib.sha256()
-    hash_file(total, path)
-    return total.hexdigest()
-
-
 def checkpoints(folder):
     """The checkpoints of a run, oldest first."""
     found = [p for p in (folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
@@ -156,28 +148,13 @@ def newest_whole(folder):
 
 # ------------------------------------------------------------------ rows and the lock
 
-def append_rows(path, *rows):
-    """Add rows to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_rows(path):
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def cut_rows(path, step):
-    """Drop the rows of steps after `step`, which will be made again, and lines that are damaged."""
-    def stays(line):
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, LookupError, TypeError):
-            return False
+    """Drop the rows of later steps, which will be made again, and damaged lines."""
     if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            kept = list(filter(stays, file))
-        write_whole(path, "".join(kept))
+        write_whole(path, b"".join(
+            line for line, row, _ in json_lines(path)
+            if row and line.endswith(b"\n") and isinstance(row.get("step"), (int, float))
+            and row["step"] <= step))
 
 
 def enter(folder):

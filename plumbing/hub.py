@@ -8,7 +8,6 @@ Where to fork   another architecture: `ARCHITECTURE` and `checked_config` say wh
 """
 import ctypes
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from plumbing.files import hash_file, hub_errors, read_json
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
 ARCHITECTURE = "qwen2"  # `model_type` in config.json
@@ -62,35 +63,6 @@ def fingerprint(folder):
     return total.hexdigest()
 
 
-def hash_file(total, path):
-    """Add a file's content to a hash."""
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            total.update(part)
-
-
-def read_json(path):
-    """The JSON object in a file; ValueError where there is none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as e:
-        raise ValueError(f"{path}: expected a JSON file, found: {e}") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
-
-
-def write_whole(path, content):
-    """Write a file, text or bytes, at once or not at all."""
-    part = Path(f"{path}.part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode())
-    part.replace(path)
-
-
 def model_folder(name_or_path):
     """The folder itself, the embedded default for "tiny", or a local copy of the hub's model."""
     folder = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
@@ -105,7 +77,7 @@ def model_folder(name_or_path):
         raise FileNotFoundError(f"{folder}: no config.json in this folder; expected a model folder "
                                 "in the hub's format (config.json, *.safetensors, tokenizer files)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     name = os.fspath(name_or_path)
     try:
         wanted = ["config.json", "generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES]
@@ -114,7 +86,7 @@ def model_folder(name_or_path):
         raise FileNotFoundError(f"{name}: neither a model folder here nor a model on the hub; give "
                                 "a folder with config.json, or a name such as Qwen/Qwen2.5-0.5B"
                                 ) from e
-    except (OSError, *HfHubHTTPError.__bases__) as e:  # its base is the HTTP library's own error
+    except hub_errors() as e:
         raise ConnectionError(
             f"{name}: no such folder here, and the model hub did not deliver it "
             f"({type(e).__name__}: {' '.join(str(e).split())[:200]}); try again, allow access to "

@@ -7,13 +7,13 @@ Not here        the prompt and the grade: rewards.py, which also offers `Problem
 Run it alone    python rewards.py [name or file …]     one problem of each
 Where to fork   a new data set is one line in `SETS`.
 """
-import json
 import os
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from plumbing.files import hub_errors, numbered_rows
 from plumbing.latex import LONGEST_LATEX
 from plumbing.number import as_text, gold_number
 
@@ -129,11 +129,9 @@ def read_problems(name_or_path, split="test"):
 def _hub_rows(repo, config, split):
     """(place, row) of every row of a data set on the hub."""
     import datasets  # takes a second: only where it is needed
-    from huggingface_hub.errors import HfHubHTTPError
     try:
         rows = datasets.load_dataset(repo, config, split=split)
-    # The bases: OSError, and HTTPError of the HTTP library that huggingface_hub is built on.
-    except (datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__) as error:
+    except (datasets.exceptions.DatasetsError, *hub_errors()) as error:
         raise ConnectionError(
             f"cannot load {repo}, split {split}, from the hub; to go on without it, give the path "
             "of a .jsonl file with the columns question and answer instead of a name "
@@ -145,17 +143,4 @@ def _file_rows(path):
     """(place, row) of every line of a JSON-lines file that is not blank."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep
-                detail = getattr(error, "msg", "not UTF-8, a number too long or nested too deep")
-                raise ValueError(f"{path}, line {n}: not JSON, expected one object a line: "
-                                 f"{detail}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {n}: expected an object with the columns question "
-                                 f"and answer, found {type(row).__name__}")
-            yield f"line {n}", row
+    return ((f"line {n}", row) for n, row in numbered_rows(path))

@@ -21,7 +21,7 @@ import torch
 from model import DTYPES
 from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from plumbing import parallel
-from plumbing.hub import read_json
+from plumbing.files import read_json
 from rewards import MODES
 
 # The defaults in `make_parser` are the published recipe for Qwen2.5-0.5B and -1.5B, and of any

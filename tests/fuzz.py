@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import style  # noqa: E402
 from evaluation.judge import read_marks, read_preference  # noqa: E402
+from evaluation.style import style  # noqa: E402
 from model import Qwen2  # noqa: E402
 from plumbing.checkpoint import fault, save_checkpoint  # noqa: E402
-from plumbing.hub import write_json  # noqa: E402
+from plumbing.files import write_json  # noqa: E402
 from plumbing.problems import read_problems  # noqa: E402
 from plumbing.settings import make_parser, read_settings  # noqa: E402
 from rewards import (  # noqa: E402

@@ -14,6 +14,7 @@ from test_train import ROOT, SMALL, in_empty_folder, metrics, run  # noqa: F401
 import train
 from model import Qwen2
 from plumbing import checkpoint
+from plumbing.files import read_rows
 from plumbing.settings import read_settings
 
 FOLDER = Path("runs/tiny-pspo-s0")
@@ -253,7 +254,7 @@ def test_rows_are_cut_back_and_damaged_lines_dropped(tmp_path):
     rows = [lines[0], "garbage", lines[1], "[]", lines[2], lines[3][:5]]
     path.write_bytes("\n".join(rows).encode() + b"\xff")
     checkpoint.cut_rows(path, 1)
-    assert checkpoint.read_rows(path) == [{"step": 0}, {"step": 1}]
+    assert read_rows(path) == [{"step": 0}, {"step": 1}]
 
 
 def test_an_unfinished_folder_is_no_checkpoint_and_goes_away(tmp_path):

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import evaluate
-from evaluation import intervals
+from evaluation import answers, intervals
+from evaluation.style import after_answer, style
+from evaluation.tables import main_score
 from model import Qwen2
 from plumbing import checkpoint
 from rewards import Problem, build_prompt, load_problems
@@ -185,7 +187,7 @@ def test_runs_with_several_seeds_count_once_each():
     ("3 * 4 = 10 + 2", 0, 0), ("- 3 * 4 = 12", 1, 1), ("<<3*4=12>>12", 1, 1), ("x = 4", 0, 0),
     ("0.1 + 0.2 = 0.3", 1, 1), ("1−2=−1", 0, 0), ("(1+2)*3=9", 0, 0), ("3*4=12=12", 1, 1)])
 def test_statements_of_arithmetic(text, true, all_of_them):
-    found = evaluate.style(text)
+    found = style(text)
     assert (found["true_statements"], found["statements"]) == (true, all_of_them)
 
 
@@ -195,23 +197,23 @@ def test_statements_of_arithmetic(text, true, all_of_them):
     ("#### 12<|user|>", True), ("#### 12\nHow many are left?", True), ("Question: how", True),
     ("How many? 3*4", False), ("The question: none", False)])
 def test_leakage(text, leaks):
-    assert evaluate.style(text)["leakage"] is leaks
+    assert style(text)["leakage"] is leaks
 
 
 def test_the_other_measures_of_style_by_hand():
     # abcd bcda cdab dabc abcd
-    assert evaluate.style("a b c d a b c d")["repeated"] == pytest.approx(1 / 5)
-    assert evaluate.style("a b c")["repeated"] == 0 and evaluate.style("")["non_ascii"] == 0
-    assert evaluate.style("ab éè 12 ±")["non_ascii"] == 0.5
-    assert evaluate.after_answer("1\n#### 2\nmore") == "more"
-    assert evaluate.after_answer("#### 2") == evaluate.after_answer("2\n") == ""
+    assert style("a b c d a b c d")["repeated"] == pytest.approx(1 / 5)
+    assert style("a b c")["repeated"] == 0 and style("")["non_ascii"] == 0
+    assert style("ab éè 12 ±")["non_ascii"] == 0.5
+    assert after_answer("1\n#### 2\nmore") == "more"
+    assert after_answer("#### 2") == after_answer("2\n") == ""
 
 
 @pytest.mark.parametrize("text", ["1+" * 10**5, "1,111," * 10**5, "user\n" * 10**5, "<|a" * 10**5,
                                   "1 = " * 10**5, "9" * 10**6])
 def test_style_is_quick_on_hostile_text(text):
     began = time.perf_counter()
-    evaluate.style(text)
+    style(text)
     assert time.perf_counter() - began < 2
 
 
@@ -280,15 +282,15 @@ def test_a_file_of_answers_cut_anywhere_gives_its_whole_chunks():
         path.write_bytes(b"".join(lines)[:cut])
         n_lines = sum(end <= cut for end in ends) - 1  # whole rows
         n = 7 if n_lines == 7 else max(n_lines, 0) // 3 * 3  # chunks of three
-        found = evaluate.read_answers(path, settings, expected, 3)
+        found = answers.read_answers(path, settings, expected, 3)
         assert found == (rows[:n], ends[n] if n else 0)
     with pytest.raises(OSError, match="under other settings"):
-        evaluate.read_answers(path, {"settings": 2}, expected, 3)
+        answers.read_answers(path, {"settings": 2}, expected, 3)
     for damage in (b"gar\xffbage\n", b"[]\n", b'{"problem": "p/9", "sample": 0}\n',
                    b'{"problem": "p/4", "sample": 0}\n', lines[5].replace(b'""', b"null")):
         path.write_bytes(b"".join(lines[:5]) + damage + b"".join(lines[6:]))
-        assert evaluate.read_answers(path, settings, expected, 3) == (rows[:3], ends[3])
-    assert evaluate.read_answers(Path("none"), settings, expected, 3) == ([], 0)
+        assert answers.read_answers(path, settings, expected, 3) == (rows[:3], ends[3])
+    assert answers.read_answers(Path("none"), settings, expected, 3) == ([], 0)
 
 
 def test_two_evaluations_do_not_write_one_file():
@@ -409,7 +411,7 @@ def test_a_set_with_some_latex_answers_gets_the_math_score_everywhere():
     rows = evaluate.measure([raw(p, text) for p, text in zip(problems, texts)], problems)
     assert [row["math"] for row in rows] == [True, True]
     assert [row["flexible"] for row in rows] == [True, False]  # the last number is 2
-    assert evaluate.main_score(rows) == "math"
+    assert main_score(rows) == "math"
     assert evaluate.full_summary(rows, 1)["math"] == 1.0
     rows = evaluate.measure([raw(problems[1], texts[1])], problems[1:])
     assert "math" not in rows[0] and "math" not in evaluate.full_summary(rows, 1)
@@ -418,14 +420,14 @@ def test_a_set_with_some_latex_answers_gets_the_math_score_everywhere():
 def test_rows_in_flight_follow_memory(monkeypatch):
     tiny = ROOT / "tiny" / "model"
     pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 10**10}
-    monkeypatch.setattr(evaluate.os, "sysconf", pages.get)
-    assert evaluate.rows_that_fit(tiny, "cpu", "fp32", 100) == 256
+    monkeypatch.setattr(answers.os, "sysconf", pages.get)
+    assert answers.rows_that_fit(tiny, "cpu", "fp32", 100) == 256
     # a row: 768 tokens · 2 · 3 layers · 2 heads · 32 · 4 bytes, and 16 bytes for each of 259 logits
     row, weights = 768 * 2 * 3 * 2 * 32 * 4 + 16 * 259, (tiny / "model.safetensors").stat().st_size
     pages["SC_PHYS_PAGES"] = (3 * weights + 9 * row) / 0.8
-    assert evaluate.rows_that_fit(tiny, "cpu", "fp32", 100) == 8
+    assert answers.rows_that_fit(tiny, "cpu", "fp32", 100) == 8
     pages["SC_PHYS_PAGES"] = 1
-    assert evaluate.rows_that_fit(tiny, "cpu", "fp32", 100) == 1
+    assert answers.rows_that_fit(tiny, "cpu", "fp32", 100) == 1
 
 
 def test_what_leaves_no_room_or_exists_is_refused(capsys):

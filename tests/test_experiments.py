@@ -27,7 +27,7 @@ from experiments.replay import (
     trained,
 )
 from model import Qwen2
-from plumbing.checkpoint import read_rows
+from plumbing.files import read_rows
 from plumbing.settings import read_settings
 
 SMALL = ("--steps 2 --validate-every 2 --prompts-per-step 4 --group-size 4 --minibatches 2 "
@@ -358,7 +358,7 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert entry.missing(["one"], entry.recorded(path)) == []
     with open(path, "a") as file:
         file.write('{"flags": "--st')
-    with pytest.raises(SystemExit, match="line 3 is not JSON"):
+    with pytest.raises(SystemExit, match="line 3: not JSON"):
         entry.recorded(path)
 
 

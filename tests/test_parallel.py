@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import train as train_script
-from plumbing.checkpoint import read_rows
+from plumbing.files import read_rows
 from plumbing.settings import read_settings
 
 ROOT = Path(train_script.__file__).resolve().parent

@@ -11,7 +11,8 @@ import pytest
 
 import evaluate
 import train
-from plumbing import checkpoint, settings
+from plumbing import settings
+from plumbing.files import read_rows
 
 ROOT = Path(train.__file__).resolve().parent
 NOT_OURS = {"runs", "evaluations"}  # written by commands, and not in git
@@ -135,7 +136,7 @@ def test_the_glossary_is_exactly_what_a_run_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "stop_on_signals", lambda: [])
     train.main(["--model", "tiny", "--steps", "1", "--validate-every", "1", "--beta", "0.1",
                 "--validation-problems", "2", "--test-problems", "0", "--reward", "noise"])
-    logged = set().union(*checkpoint.read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))
+    logged = set().union(*read_rows(Path("runs/tiny-pspo-s0/metrics.jsonl")))
     glossary = {key for row in rows_of_table("docs/metrics.md", "# The logged metrics")
                 for key in re.findall(r"`([^`]+)`", row[0])}
     assert glossary == logged

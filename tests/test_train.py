@@ -16,7 +16,8 @@ import torch
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
-from plumbing import checkpoint, problems
+from plumbing import problems
+from plumbing.files import read_rows
 from rollout import Rollout
 
 ROOT = Path(train.__file__).resolve().parent
@@ -42,7 +43,7 @@ def run(*flags):
 
 
 def metrics(name):
-    return checkpoint.read_rows(Path("runs") / name / "metrics.jsonl")
+    return read_rows(Path("runs") / name / "metrics.jsonl")
 
 
 def repeatable(rows):
@@ -75,7 +76,7 @@ def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys, machine):
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["alpha"] == 0.1 and config["settings"]["threads"] >= 1
     assert config["versions"]["torch"] == torch.__version__
-    samples = checkpoint.read_rows(folder / "samples.jsonl")
+    samples = read_rows(folder / "samples.jsonl")
     assert len(samples) == 4 * 4 and {"text", "reward", "advantage"} < samples[0].keys()
     out = capsys.readouterr().out
     assert "8 optimizer steps" not in out and "2 epochs × 2 minibatches = 4 optimizer steps" in out
@@ -209,7 +210,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(signum):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rows = Path("runs/stopped/metrics.jsonl")
     deadline = time.time() + 120
-    while not (rows.exists() and len(checkpoint.read_rows(rows)) > 2) and time.time() < deadline:
+    while not (rows.exists() and len(read_rows(rows)) > 2) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
@@ -579,8 +580,8 @@ def test_a_run_on_a_file_leaves_its_test_problems_for_evaluate():
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
     Path("my file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("--data", "my file.jsonl", "--steps", "2")
-    held_out = checkpoint.read_rows(Path("runs/tiny-pspo-s0/test.jsonl"))
-    samples = checkpoint.read_rows(Path("runs/tiny-pspo-s0/samples.jsonl"))
+    held_out = read_rows(Path("runs/tiny-pspo-s0/test.jsonl"))
+    samples = read_rows(Path("runs/tiny-pspo-s0/samples.jsonl"))
     trained_on = {row["question"] for row in samples if "question" in row}
     assert len(held_out) == 5 and all(row in rows for row in held_out)
     assert trained_on and not trained_on & {row["question"] for row in held_out}
