@@ -77,9 +77,9 @@ def grade(rollout, problems, tokenizer, progress=None):
     for b, row in enumerate(tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
                                  disable=progress is None)):
         gold, finished = problems[b // rollout.group_size].gold, row["finished"]
-        row |= {"gold": gold, "strict": is_correct(row["text"], gold, "strict", finished),
-                "flexible": is_correct(row["text"], gold, "flexible", finished),
-                "format": has_format(row["text"], finished, gold)}
+        row |= {"gold": gold, "strict": is_correct(row["text"], gold, "strict", finished=finished),
+                "flexible": is_correct(row["text"], gold, "flexible", finished=finished),
+                "format": has_format(row["text"], gold, finished=finished)}
     return rows
 
 
@@ -110,10 +110,10 @@ def measure(rows, problems):
     latex = any(problem.kind == "latex" for problem in problems)
     for row in tqdm(rows, desc="grading", unit="answer", leave=False, delay=2):
         problem, text, finished = by_id[row["problem"]], row["text"], row["finished"]
-        row |= {key: is_correct(text, problem.gold, key, finished)
+        row |= {key: is_correct(text, problem.gold, key, finished=finished)
                 for key in SCORERS if key != "math" or latex}
-        row |= {"gold": problem.gold, "format": has_format(text, finished, problem.gold),
-                "answer": extract_answer(text, "flexible", finished, problem.kind), **style(text)}
+        row |= {"gold": problem.gold, "format": has_format(text, problem.gold, finished=finished),
+                "answer": extract_answer(text, finished=finished, kind=problem.kind), **style(text)}
     return rows
 
 

@@ -1,17 +1,16 @@
-"""The task: word problems, the prompt that asks them, and the grade of what a model answers.
+"""The task: the prompt that asks a word problem, and the grade of what a model answers.
 
-What it does: loads problems by name or from a JSON-lines file, writes the prompt, finds the answer
-in a completion, compares it with the gold answer and turns that into a reward.
-What it leaves to others: the tokenizer is handed in (train.py), rewards become advantages in
-objectives.py, accuracies over a data set are evaluate.py's. torch is never imported here.
-Run alone (`python rewards.py [name or file …]`), it shows one problem of each set it can reach and
-a prompt as text, then grades every line that you type against the first problem shown.
-Where to fork it: a new data set is one line in `SETS`; a new way to grade is one branch in
-`is_correct` and its name in SCORERS; a new reward is one branch in `reward` and its name in MODES.
+What it does    writes the prompt, finds the answer in a completion, compares the answer with the
+                gold answer, and turns the comparison into a reward.
+Not here        loading (plumbing/problems.py), exact numbers (plumbing/number.py), the comparison
+                of LaTeX (plumbing/latex.py); advantages are made in objectives.py. No torch.
+Run it alone    python rewards.py [SET or FILE …]     shows problems and a prompt, grades what you
+                type
+Where to fork   a way to grade is a branch in `is_correct` and a name in SCORERS; a reward is a
+                branch in `reward` and a name in MODES.
 
-A completion is hostile input: it is searched with linear-time patterns and compared as exact
-decimals, never evaluated. LaTeX goes through math-verify in a process of its own, which ends
-itself when a comparison takes too long, because sympy can be kept busy for hours.
+A completion is hostile input. It is searched with linear-time patterns and compared as exact
+decimals; it is never evaluated.
 """
 import argparse
 import hashlib
@@ -82,31 +81,35 @@ MARK = re.compile("#{4,}")
 PAPER_FORMAT = re.compile(r"####\s*[0-9]+[^\n]+")  # the authors': "#### 15" has it, "#### 5" not
 
 
-def extract_answer(text, scorer="flexible", finished=True, kind="number"):
-    """The answer in a completion, as text: "18", "-5/2", "50%" or LaTeX; None where there is none.
+def extract_answer(text, *, scorer="flexible", finished=True, kind="number"):
+    """Return the answer that a completion gives, as text, or None: "so 9\\n#### $18.00" gives "18".
 
     text: any string of any length.
-    scorer: "strict" reads the first `####` line; "flexible" that, else the last number (for kind
-        "latex" the last \\boxed{}, else the last $formula$ or \\(formula\\), else the last number).
-    finished: False for a completion that was cut off. Then only a `####` line that ends in a
-        newline counts: without it, `#### 1` may be the start of `#### 18` or of `#### 1 + 2 = 3`.
-    kind: the problem's, "number" or "latex".
+    scorer: "strict" reads the first `####` line. "flexible" reads that line, else the last number;
+        for kind "latex" the last \\boxed{}, else the last $formula$ or \\(formula\\), else the last
+        number.
+    finished: False for a completion that was cut off. Such a completion has an answer only on a
+        `####` line that ends in a newline: a bare `#### 1` may be the start of `#### 18`.
+    kind: the kind of the problem, "number" or "latex".
     Raises ValueError for another scorer.
     """
     if scorer not in ("strict", "flexible"):
         raise ValueError(f"unknown scorer {scorer!r}; expected strict, flexible")
     if kind == "latex":
-        return _answer_latex(text, scorer, finished)
-    number = _answer_number(text, scorer, finished)
+        return latex_answer(text, scorer, finished)
+    number = number_answer(text, scorer, finished)
     return as_text(number) if number else None
 
 
-def is_correct(text, gold, scorer="flexible", finished=True):
-    """Whether a completion answers with the gold.
+def is_correct(text, gold, scorer="flexible", *, finished=True):
+    """Say whether a completion gives the gold answer: is_correct("#### 18.00", "18") is True.
 
-    text, finished: as in `extract_answer`; scorer: also "paper", see `paper_number`, and "math",
-        which finds the answer as for LaTeX, \\boxed{} before the last number, whatever the gold.
-    gold: the short answer as text, compared as a number if it is one, else as LaTeX.
+    text, finished: as in `extract_answer`.
+    gold: the short answer as text. A gold that is a number is compared as a number, any other one
+        as LaTeX.
+    scorer: "strict" or "flexible", as in `extract_answer`; "paper", the authors' (`paper_number`);
+        or "math", which looks for the answer as for LaTeX, \\boxed{} before the last number,
+        whatever the gold is.
     Raises ValueError for an unknown scorer or an empty gold, RuntimeError where math-verify, which
     compares LaTeX, does not start.
     """
@@ -119,49 +122,50 @@ def is_correct(text, gold, scorer="flexible", finished=True):
         return None not in (answer, right) and abs(answer - right) <= Decimal("1e-6")
     number = gold_number(gold)
     if number and scorer != "math":
-        answer = _answer_number(text, scorer, finished)
+        answer = number_answer(text, scorer, finished)
         return answer is not None and same_number(answer, number)
-    latex = _answer_latex(text, scorer, finished)
+    latex = latex_answer(text, scorer, finished)
     if latex is None:
         return False
     if number:  # "18 dollars" is 18, which math-verify does not know
-        answer = _answer_number("#### " + latex, "strict", True)
+        answer = number_answer("#### " + latex, "strict")
         if answer is not None and same_number(answer, number):
             return True
     return compare_latex(bare(gold), latex) == "same"
 
 
-def has_format(text, finished=True, gold="0"):
-    """Whether a completion has the form that is asked for.
+def has_format(text, gold, *, finished=True):
+    """Say whether a completion has the form that the prompt asks for, correct or not.
 
-    It finished, its only `####` line is its last line, and an answer can be read there, correct or
-    not: LaTeX if the gold is LaTeX, else a number.
+    The completion finished, its only `####` line is its last line, and that line holds an answer:
+    a number if the gold is a number, else LaTeX. "#### 5" has the form, "#### 5\\nReally" has not.
     """
     marks = list(MARK.finditer(text))
     if not finished or len(marks) != 1 or "\n" in text[marks[0].end():].strip():
         return False
     if gold_number(gold):
-        return _answer_number(text, "strict", True) is not None
-    answer = _answer_latex(text, "strict", True)
+        return number_answer(text, "strict") is not None
+    answer = latex_answer(text, "strict")
     return answer is not None and compare_latex(bare(gold), answer) != "unreadable"
 
 
-def reward(text, gold, finished=True, mode="correct", key=None):
-    """The reward of a completion, a float.
+def reward(text, gold, finished=True, mode="correct", *, key=None):
+    """Return the reward of a completion, a float: reward("so 9 + 9\\n#### 18", "18") is 1.05.
 
-    text, gold, finished: as in `is_correct`. mode:
-    "correct": 1 if correct (flexible), plus 0.05 if it `has_format`. A bonus for any `####` would
-        be earned by scattering them: in a group without a right answer it counts in full.
-    "paper": the authors' in [0, 1]: 1 if correct, plus 0.05 for `####` with a digit and more
-        behind it, minus 0.2 without any number. It looks at neither LaTeX nor `finished`.
-    "noise": in [0, 1), from a hash of text and key, to try the plumbing with random weights, where
-        real rewards are all equal.
-    key: only for "noise": a value with a stable repr that tells the samples of a group apart, such
-        as (seed, step, prompt, sample); without it equal texts have equal rewards.
+    text, gold, finished: as in `is_correct`.
+    mode "correct": 1 for a correct answer (flexible), plus 0.05 if the completion `has_format`.
+        (A bonus for any `####` would be earned by scattering them: in a group without a right
+        answer the bonus decides alone.)
+    mode "paper": the authors' reward, in [0, 1]: 1 for a correct answer, plus 0.05 for `####` with
+        a digit and more behind it, minus 0.2 without any number. LaTeX and `finished` play no part.
+    mode "noise": a number in [0, 1) from a hash of text and key, to try a run with random weights,
+        where all real rewards are equal.
+    key: for "noise", any value with a stable repr that tells the samples of a group apart, such as
+        (seed, step, prompt, sample). Without a key equal texts have equal rewards.
     Raises ValueError for an unknown mode, and what `is_correct` raises.
     """
     if mode == "correct":
-        bonus = FORMAT_BONUS * has_format(text, finished, gold)
+        bonus = FORMAT_BONUS * has_format(text, gold, finished=finished)
         return is_correct(text, gold, finished=finished) + bonus
     if mode == "paper":
         value = is_correct(text, gold, "paper") + FORMAT_BONUS * bool(PAPER_FORMAT.search(text))
@@ -172,8 +176,10 @@ def reward(text, gold, finished=True, mode="correct", key=None):
     raise ValueError(f"unknown reward mode {mode!r}; expected {', '.join(MODES)}")
 
 
-def _marked_line(text, finished=True):
-    """What stands on the first complete `####` line; None where there is none, "" if too long."""
+# ---------------------------------------------------------------------------------- where it stands
+
+def marked_line(text, finished):
+    """What stands on the first complete `####` line; None without one, "" if it is too long."""
     mark = MARK.search(text)
     end = text.find("\n", mark.end()) if mark else -1
     if mark is None or (end < 0 and not finished):
@@ -182,9 +188,9 @@ def _marked_line(text, finished=True):
     return line if len(line) <= LONGEST else ""
 
 
-def _answer_number(text, scorer, finished):
+def number_answer(text, scorer, finished=True):
     """The Number that a completion answers with, or None."""
-    line = _marked_line(text, finished)
+    line = marked_line(text, finished)
     if line is not None:
         line = plain_answer(line)
         first = NUMBER.search(line)
@@ -198,9 +204,9 @@ def _answer_number(text, scorer, finished):
     return as_number(last) if last else None
 
 
-def _answer_latex(text, scorer, finished):
+def latex_answer(text, scorer, finished=True):
     """The LaTeX that a completion answers with, without its wrapping, or None."""
-    answer = bare(_marked_line(text, finished) or "")
+    answer = bare(marked_line(text, finished) or "")
     if not answer and scorer != "strict" and finished:
         dollars = text.replace(r"\$", "").replace("$$", "$").rsplit("$", 2)
         if BOXED in text:

@@ -26,8 +26,6 @@ BOXED = r"\boxed{"
 COSTLY = re.compile(r"(?<!\\)!|\^\s*(?:\{[^}]*|\([^)]*|\w+\s*)\^|\^[\s{(-]*[0-9]{5}")
 
 
-
-
 def braced(text, start):
     """The text from `start` to the brace that closes the first one there; "" where none does."""
     depth = 0
@@ -55,15 +53,15 @@ def compare_latex(gold, answer):
         return "same"
     if COSTLY.search(gold) or COSTLY.search(answer):
         return "unreadable"
-    with _worker_lock:
-        if not _workers or _workers[0].poll() is not None:
-            _start_worker()
-        worker = _workers[0]
+    with worker_lock:
+        if not workers or workers[0].poll() is not None:
+            start_worker()
+        worker = workers[0]
         worker.stdin.write(json.dumps([gold, answer]) + "\n")
         worker.stdin.flush()
         verdict = worker.stdout.readline().strip()
         if not verdict:  # it ended at its limit, or crashed and left its traceback on stderr
-            _workers.pop().communicate()
+            workers.pop().communicate()
             ungraded.append((gold, answer))
             print(f"no verdict on the LaTeX answer {answer!r:.80} for {gold!r:.80}: counted as "
                   f"wrong, {len(ungraded)} so far", file=sys.stderr)
@@ -71,10 +69,10 @@ def compare_latex(gold, answer):
 
 
 ungraded = []  # (gold, answer) of every comparison without a verdict, for whoever wants to log it
-_workers, _worker_lock = [], threading.Lock()  # at most one worker, asked by one thread at a time
+workers, worker_lock = [], threading.Lock()  # at most one worker, asked by one thread at a time
 
 
-def _start_worker():
+def start_worker():
     """Start the process that compares LaTeX and wait until it is ready, about 0.4 s.
 
     It ends when its input closes, that is with the process that started it, however that ends.
@@ -85,11 +83,11 @@ def _start_worker():
     if worker.stdout.readline() != "ready\n":
         raise RuntimeError("math-verify, which compares LaTeX answers, did not start; its error is "
                            "above (installed? python -m pip install math-verify)")
-    _workers[:] = [worker]
+    workers[:] = [worker]
 
 
-def _latex_worker():
-    """The process behind `compare_latex`: lines of JSON in, verdicts out.
+def serve():
+    """Be the process behind `compare_latex`: read lines of JSON, write verdicts.
 
     A watchdog ends it when a comparison exceeds LATEX_LIMIT_S. math-verify's own limit is an alarm
     signal: it replaces the caller's handler, fails outside the main thread and cannot interrupt
@@ -119,6 +117,6 @@ def _latex_worker():
 
 if __name__ == "__main__":
     try:
-        _latex_worker() if sys.argv[1:] == ["--worker"] else print(compare_latex(*sys.argv[1:]))
+        serve() if sys.argv[1:] == ["--worker"] else print(compare_latex(*sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)

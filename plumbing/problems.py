@@ -30,36 +30,38 @@ class Problem(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a set lies on the hub, and how to read it. Without a repo: tiny/<split>.jsonl."""
-    repo: str | None
-    config: str | None
+    """Where the rows of a set lie, and how a row is read."""
     splits: dict  # our name of a split: the hub's
-    question: list  # columns, joined by a space
-    answer: str
-    latex: bool  # whether an answer that is no number is LaTeX
+    repo: str | None = None  # on the hub; a set without one lies in tiny/<split>.jsonl
+    config: str | None = None
+    question: tuple = ("question",)  # columns, joined by a space
+    answer: str = "answer"  # column
+    latex: bool = False  # whether an answer that is no number is LaTeX
 
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-BOTH = {"train": "train", "test": "test"}
-ONE = {"test": "validation", "validation": "validation"}  # its only split serves as test
-THREE = {**BOTH, "validation": "validation"}
-SETS = {  # gsm8k needs its config: the hub also has `socratic`
-    "tiny": Source(None, None, THREE, ["question"], "answer", False),
-    "gsm8k": Source("openai/gsm8k", "main", BOTH, ["question"], "answer", False),
-    "svamp": Source("ChilleD/SVAMP", None, BOTH, ["Body", "Question"], "Answer", False),
-    "asdiv": Source("EleutherAI/asdiv", None, ONE, ["body", "question"], "answer", False),
-    "math500": Source("HuggingFaceH4/MATH-500", None, {"test": "test"}, ["problem"], "answer",
-                      True),
+TRAIN_AND_TEST = {"train": "train", "test": "test"}
+SETS = {
+    "tiny": Source({**TRAIN_AND_TEST, "validation": "validation"}),
+    # the hub also has a config `socratic`
+    "gsm8k": Source(TRAIN_AND_TEST, repo="openai/gsm8k", config="main"),
+    "svamp": Source(TRAIN_AND_TEST, repo="ChilleD/SVAMP", question=("Body", "Question"),
+                    answer="Answer"),
+    # its only split is named validation and serves as test
+    "asdiv": Source({"test": "validation", "validation": "validation"}, repo="EleutherAI/asdiv",
+                    question=("body", "question")),
+    "math500": Source({"test": "test"}, repo="HuggingFaceH4/MATH-500", question=("problem",),
+                      latex=True),
 }
 
 
 def load_problems(name_or_path, split="test"):
-    """Load a set of problems; those whose answer cannot be graded are left out and reported.
+    """Load a set of problems; leave out, and report, those whose answer no scorer can grade.
 
     name_or_path: a name in SETS or its full hub name, or the path of a JSON-lines file with the
         columns question and answer: 18, "18", "9 (apples)" or a solution that ends in "#### 18".
     split: "train", "validation" or "test", as far as the set has it; a file has no splits.
-    Returns a list of Problem in the order of the source; ids count its rows from 0.
+    Returns a list of Problem in the order of the source; ids count the rows of the source from 0.
     Raises ValueError for an unknown name or split and for a file that cannot be used (with the
     line), ConnectionError where the hub does not deliver.
     """
@@ -69,65 +71,75 @@ def load_problems(name_or_path, split="test"):
     return problems
 
 
-def name_of(name_or_path):
-    """The name in SETS of what is given by its name on the hub; anything else as it is."""
-    return next((n for n, s in SETS.items() if s.repo == name_or_path), str(name_or_path))
+def read_problems(name_or_path, split="test"):
+    """As `load_problems`, without the report: (problems, [(id, gold) of those left out])."""
+    source, place, prefix, rows = find_rows(name_or_path, split)
+    problems, dropped = [], []
+    for n, (where, row) in enumerate(rows):
+        question, gold = question_and_gold(row, source, f"{place}, {where}")
+        number = gold_number(gold)
+        if number:
+            problems.append(Problem(f"{prefix}/{n}", question, as_text(number), "number"))
+        elif (source.latex or LATEX_MARKS.search(gold)) and 0 < len(gold) <= LONGEST_LATEX:
+            problems.append(Problem(f"{prefix}/{n}", question, gold, "latex"))
+        else:
+            dropped.append((f"{prefix}/{n}", gold))
+    if not problems:
+        raise ValueError(f"{place}: none of its {len(dropped)} rows is a problem with a number or "
+                         "LaTeX as answer")
+    return problems, dropped
 
 
 def report_dropped(name_or_path, split, n_problems, dropped):
-    """Say how many problems were left out beside n_problems; dropped: as of `read_problems`."""
+    """Say how many problems were left out beside `n_problems`; dropped: as of `read_problems`."""
     examples = ", ".join(repr(gold[:40]) for _, gold in dropped[:3])
     print(f"{name_or_path}, {split}: left out {len(dropped)} of {n_problems + len(dropped)} "
           f"problems, whose answer is neither a number nor LaTeX: {examples}", file=sys.stderr)
 
 
-def read_problems(name_or_path, split="test"):
-    """As `load_problems`, but silent: returns (problems, dropped), dropped a list of (id, gold)."""
+def name_of(name_or_path):
+    """The short name of a set that is given by its hub name; any other name or path as it is."""
+    return next((n for n, s in SETS.items() if s.repo == name_or_path), str(name_or_path))
+
+
+def find_rows(name_or_path, split):
+    """(source, its place in words, what ids begin with, an iterator of (where, row))."""
     name = name_of(name_or_path)
-    columns, answer_column, other_is_latex = ["question"], "answer", False
     if name in SETS:
-        repo, config, splits, columns, answer_column, other_is_latex = SETS[name]
-        if split not in splits:
-            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-        source = f"{repo} ({splits[split]})" if repo else TINY / f"{split}.jsonl"
-        rows = _hub_rows(repo, config, splits[split]) if repo else _file_rows(source)
-        prefix = f"{name}/{split}"
-    elif os.path.isfile(name) or name.endswith((".jsonl", ".json")):
-        source, rows, prefix = name, _file_rows(name), os.path.basename(name)
-    else:
-        raise ValueError(f"unknown data set {name!r}; expected {', '.join(SETS)}, or the path of a "
-                         ".jsonl file with the columns question and answer")
-    problems, dropped = [], []
-    for n, (place, row) in enumerate(rows):
-        missing = [c for c in (*columns, answer_column) if c not in row]
-        if missing:
-            raise ValueError(f"{source}, {place}: no column {', '.join(missing)}; expected "
-                             f"{', '.join(columns)} and {answer_column}, found {', '.join(row)}")
-        answer = row[answer_column]
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-            raise ValueError(f"{source}, {place}: column {answer_column} holds {answer!r:.40}; "
-                             "expected text or a number")
-        parts = [row[c] for c in columns]
-        if not all(isinstance(part, str) and not SURROGATE.search(part) for part in parts):
-            raise ValueError(f"{source}, {place}: column {', '.join(columns)} holds {parts!r:.80}; "
-                             "expected text")
-        question = " ".join(part.strip() for part in parts)
-        gold = str(answer).rpartition("####")[2].strip()
-        number = gold_number(gold)
-        if number:
-            problems.append(Problem(f"{prefix}/{n}", question, as_text(number), "number"))
-        elif (other_is_latex or LATEX_MARKS.search(gold)) and 0 < len(gold) <= LONGEST_LATEX:
-            problems.append(Problem(f"{prefix}/{n}", question, gold, "latex"))
-        else:
-            dropped.append((f"{prefix}/{n}", gold))
-    if not problems:
-        raise ValueError(f"{source}: none of its {len(dropped)} rows is a problem with a number or "
-                         "LaTeX as answer")
-    return problems, dropped
+        source = SETS[name]
+        if split not in source.splits:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}")
+        if source.repo:
+            hub_split = source.splits[split]
+            return (source, f"{source.repo} ({hub_split})", f"{name}/{split}",
+                    hub_rows(source.repo, source.config, hub_split))
+        file = TINY / f"{split}.jsonl"
+        return source, file, f"{name}/{split}", file_rows(file)
+    if os.path.isfile(name) or name.endswith((".jsonl", ".json")):
+        return Source({}), name, os.path.basename(name), file_rows(name)
+    raise ValueError(f"unknown data set {name!r}; expected {', '.join(SETS)}, or the path of a "
+                     ".jsonl file with the columns question and answer")
 
 
-def _hub_rows(repo, config, split):
-    """(place, row) of every row of a data set on the hub."""
+def question_and_gold(row, source, where):
+    """The question and the gold of a row, as text; ValueError says `where` it has neither."""
+    columns = ", ".join(source.question)
+    missing = [c for c in (*source.question, source.answer) if c not in row]
+    if missing:
+        raise ValueError(f"{where}: no column {', '.join(missing)}; expected {columns} and "
+                         f"{source.answer}, found {', '.join(row)}")
+    answer = row[source.answer]
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(f"{where}: column {source.answer} holds {answer!r:.40}; expected text or "
+                         "a number")
+    parts = [row[c] for c in source.question]
+    if not all(isinstance(part, str) and not SURROGATE.search(part) for part in parts):
+        raise ValueError(f"{where}: column {columns} holds {parts!r:.80}; expected text")
+    return " ".join(part.strip() for part in parts), str(answer).rpartition("####")[2].strip()
+
+
+def hub_rows(repo, config, split):
+    """(where, row) of every row of a data set on the hub."""
     import datasets  # takes a second: only where it is needed
     try:
         rows = datasets.load_dataset(repo, config, split=split)
@@ -139,8 +151,8 @@ def _hub_rows(repo, config, split):
     return ((f"row {n}", row) for n, row in enumerate(rows))
 
 
-def _file_rows(path):
-    """(place, row) of every line of a JSON-lines file that is not blank."""
+def file_rows(path):
+    """(where, row) of every line of a JSON-lines file that is not blank."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     return ((f"line {n}", row) for n, row in numbered_rows(path))

@@ -59,12 +59,12 @@ def completion(draw):
 def grade(text, gold, finished):
     """All that is said of a completion, but for what asks math-verify."""
     for scorer in SCORERS[:3]:
-        assert type(is_correct(text, gold, scorer, finished)) is bool
-    assert type(has_format(text, finished, gold)) is bool
+        assert type(is_correct(text, gold, scorer, finished=finished)) is bool
+    assert type(has_format(text, gold, finished=finished)) is bool
     assert all(0 <= reward(text, gold, finished, mode, key=1) <= 1.05
                for mode in ("correct", "paper", "noise"))
     for kind in ("number", "latex"):
-        answer = extract_answer(text, "flexible", finished, kind)
+        answer = extract_answer(text, finished=finished, kind=kind)
         assert answer is None or type(answer) is str
     style(text)
     for read in (read_marks, read_preference):
@@ -75,7 +75,7 @@ def grade(text, gold, finished):
 
 
 def by_math(text, gold, finished):
-    assert type(is_correct(text, gold, "math", finished)) is bool
+    assert type(is_correct(text, gold, "math", finished=finished)) is bool
 
 
 def fuzz_completions(n, how=grade, golds=tuple(GOLDS), seed=0):

@@ -113,7 +113,7 @@ def test_a_truncated_completion_answers_only_on_a_finished_line():
     assert not is_correct(r"\boxed{\pi}", r"\pi", finished=False)
     assert is_correct("#### \\pi\nand", r"\pi", finished=False)
     with pytest.raises(ValueError, match="'paper'; expected strict, flexible"):
-        extract_answer("1", "paper")
+        extract_answer("1", scorer="paper")
 
 
 @pytest.mark.parametrize("text, kind, strict, flexible", [
@@ -127,7 +127,7 @@ def test_a_truncated_completion_answers_only_on_a_finished_line():
     (r"\boxed{x", "latex", None, None),
     ("nothing", "latex", None, None)])
 def test_extract_answer_returns_the_answer_as_plain_text(text, kind, strict, flexible):
-    assert extract_answer(text, "strict", kind=kind) == strict
+    assert extract_answer(text, scorer="strict", kind=kind) == strict
     assert extract_answer(text, kind=kind) == flexible
 
 
@@ -172,7 +172,7 @@ def test_a_math_verify_that_does_not_start_raises(monkeypatch, tmp_path):
     broken = tmp_path / "latex.py"
     broken.write_text("raise ImportError('no math_verify')")
     monkeypatch.setattr(latex, "__file__", str(broken))
-    monkeypatch.setattr(latex, "_workers", [])
+    monkeypatch.setattr(latex, "workers", [])
     with pytest.raises(RuntimeError, match="did not start"):
         is_correct("#### 0.125", r"\frac{1}{8}")
 
@@ -221,7 +221,7 @@ def test_the_paper_scorer_and_reward_equal_the_hand_worked_ones(text, gold, righ
 def test_correct_reward_is_one_plus_a_bonus_for_the_asked_form(text, gold, finished, value):
     found = reward(text, gold, finished=finished)
     assert found == pytest.approx(value) and isinstance(found, float)
-    assert has_format(text, finished, gold) is (round(value % 1, 2) == 0.05)
+    assert has_format(text, gold, finished=finished) is (round(value % 1, 2) == 0.05)
 
 
 def test_noise_repeats_exactly_and_differs_within_a_group():
@@ -295,11 +295,11 @@ def seconds_to_grade(text, gold):
 @pytest.fixture
 def sentinel(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(latex, "_workers", [])  # a worker that runs in this folder, too
+    monkeypatch.setattr(latex, "workers", [])  # a worker that runs in this folder, too
     file = tmp_path / "SENTINEL"
     file.write_text("still here")
     yield file
-    for worker in latex._workers:
+    for worker in latex.workers:
         worker.kill()
 
 

@@ -500,7 +500,8 @@ def test_a_set_keeps_its_own_validation_split(monkeypatch):
     train_, validation, test = train.split_problems(s)
     assert [p.id for p in validation] == [f"mine/validation/{i}" for i in range(5)]
     everything = len(train_)
-    monkeypatch.setitem(problems.SETS, "mine", problems.SETS["mine"]._replace(splits=problems.BOTH))
+    monkeypatch.setitem(problems.SETS, "mine", problems.SETS["mine"]._replace(
+        splits=problems.TRAIN_AND_TEST))
     train_, validation, test = train.split_problems(s)
     assert len(train_) == everything - 5 and {p.id[:11] for p in validation} == {"mine/train/"}
 
