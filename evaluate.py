@@ -62,24 +62,25 @@ YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false o
 # ------------------------------------------------------------------ answers and their grades
 
 def rows_of(rollout, problems, tokenizer):
-    """The answers of a rollout, problems[p] being prompt p: dicts with problem (id), sample, text,
-    n_tokens and finished."""
-    G = rollout.group_size
-    return [{"problem": problems[b // G].id, "sample": b % G,
-             "text": tokenizer.decode(ids, skip_special_tokens=True),
-             "n_tokens": len(ids), "finished": rollout.finished[b]}
-            for b, ids in enumerate(rollout.completions)]
+    """rows[p][g]: a dict for every answer of a rollout, with problem (id), sample, text, n_tokens
+    and finished. problems[p] is the problem that prompt p asks."""
+    return [[{"problem": problem.id, "sample": g, "n_tokens": len(ids), "finished": finished,
+              "text": tokenizer.decode(ids, skip_special_tokens=True)}
+             for g, (ids, finished) in enumerate(zip(*group))]
+            for problem, *group in zip(problems, rollout.completions, rollout.finished)]
 
 
 def grade(rollout, problems, tokenizer, progress=None):
     """`rows_of`, each with its gold and graded: the bools strict, flexible and format."""
     rows = rows_of(rollout, problems, tokenizer)
-    for b, row in enumerate(tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
-                                 disable=progress is None)):
-        gold, finished = problems[b // rollout.group_size].gold, row["finished"]
-        row |= {"gold": gold, "strict": is_correct(row["text"], gold, "strict", finished=finished),
-                "flexible": is_correct(row["text"], gold, "flexible", finished=finished),
-                "format": has_format(row["text"], gold, finished=finished)}
+    bar = tqdm(zip(rows, problems), desc=progress, unit="problem", leave=False, delay=2,
+               total=len(rows), disable=progress is None)
+    for group, problem in bar:
+        for row in group:
+            text, gold, finished = row["text"], problem.gold, row["finished"]
+            row |= {"gold": gold, "strict": is_correct(text, gold, "strict", finished=finished),
+                    "flexible": is_correct(text, gold, "flexible", finished=finished),
+                    "format": has_format(text, gold, finished=finished)}
     return rows
 
 
@@ -98,10 +99,12 @@ def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_n
 
 def answer(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512, seed=0,
            step=0, max_rows=256, progress="evaluate"):
-    """Answer every problem `samples` times and grade each answer: rows as `grade` makes them."""
+    """Answer every problem `samples` times and grade each answer: the rows of `grade`, in one list.
+    """
     rollout = sample_answers(model, problems, samples, temperature, top_p, max_new_tokens, seed,
                              step, max_rows, None, progress)
-    return grade(rollout, problems, model.tokenizer, progress and "grading")
+    rows = grade(rollout, problems, model.tokenizer, progress and "grading")
+    return [row for group in rows for row in group]
 
 
 def measure(rows, problems):
@@ -277,7 +280,7 @@ def fill(path, settings, problems, model, room, args, progress):
                     progress.start(f"{settings['model']} {settings['data']} "
                                    f"T={settings['temperature']:g}"))
                 progress.end()
-                for row in rows_of(rollout, chunk, model.tokenizer):
+                for row in (r for group in rows_of(rollout, chunk, model.tokenizer) for r in group):
                     behind = after_answer(row["text"])
                     row["tokens_after"] = len(model.tokenizer.encode(behind,
                                                                      add_special_tokens=False))

@@ -32,17 +32,16 @@ MAX_DRAWS = 8  # each misses the nucleus with probability ≤ 0.1, all of them w
 
 @dataclass
 class Rollout:
-    """P prompts with G completions each; row b = p·G + g is completion g of prompt p."""
-    prompts: list       # P lists of token ids
-    completions: list   # B lists of token ids, the stop token included
-    logps: list         # B lists of floats: nats, full softmax at the sampling temperature
-    finished: list      # B bools: ended with a stop token, not cut at max_new_tokens
-    group_size: int
+    """P prompts with G completions each: completions[p][g] is completion g of prompt p."""
+    prompts: list      # [p]: token ids
+    completions: list  # [p][g]: token ids, the stop token included
+    logps: list        # [p][g]: a float a token, nats, full softmax at the sampling temperature
+    finished: list     # [p][g]: whether it ended with a stop token, not cut at max_new_tokens
     seconds: float
 
     @property
     def n_tokens(self):
-        return sum(map(len, self.completions))
+        return sum(len(ids) for group in self.completions for ids in group)
 
 
 def sample_slowly(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, top_p=1.0,
@@ -51,7 +50,7 @@ def sample_slowly(model, prompts, group_size=1, max_new_tokens=128, temperature=
 
     Arguments as in `generate`. The whole text goes through the model for each new token.
     """
-    began, rollout = time.perf_counter(), Rollout(list(prompts), [], [], [], group_size, 0.0)
+    began, completions = time.perf_counter(), []  # of each: ids, logps, finished
     for p, prompt in enumerate(prompts):
         key = p if prompt_keys is None else prompt_keys[p]
         for g in range(group_size):
@@ -68,11 +67,15 @@ def sample_slowly(model, prompts, group_size=1, max_new_tokens=128, temperature=
                 logps.append(logp_1V[0, ids[-1]].item())
                 if ids[-1] in model.stop_ids:
                     break
-            rollout.completions.append(ids)
-            rollout.logps.append(logps)
-            rollout.finished.append(ids[-1] in model.stop_ids)
-    rollout.seconds = time.perf_counter() - began
-    return rollout
+            completions.append((ids, logps, ids[-1] in model.stop_ids))
+    return rollout_of(prompts, completions, group_size, time.perf_counter() - began)
+
+
+def rollout_of(prompts, completions, group_size, seconds):
+    """A Rollout from one list of (ids, logps, finished), group after group."""
+    groups = [completions[i:i + group_size] for i in range(0, len(completions), group_size)]
+    return Rollout(list(prompts), *([[c[part] for c in group] for group in groups]
+                                    for part in range(3)), seconds)
 
 
 def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, top_p=1.0,
@@ -123,10 +126,9 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
                               max_rows, n_draws(top_p), choose)
-        rows = sampler.run(prompts, keys, numbers, report)
+        completions = sampler.run(prompts, keys, numbers, report)
     bar.close()
-    return Rollout(list(prompts), [ids for ids, _, _ in rows], [logps for _, logps, _ in rows],
-                   [finished for _, _, finished in rows], group_size, time.perf_counter() - began)
+    return rollout_of(prompts, completions, group_size, time.perf_counter() - began)
 
 
 def room_for(model, prompts, max_new_tokens):
@@ -304,12 +306,13 @@ def main():
                            progress="sampling")
     except (ValueError, OSError) as e:
         parser.exit(1, f"error: {e}\n")
-    for b, (ids, logps) in enumerate(zip(rollout.completions, rollout.logps)):
-        if b % args.n == 0:
-            print(f"\n{args.question[b // args.n]}")
-        end = "" if rollout.finished[b] else " [cut]"
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
-        print(f"  {len(ids):4} tokens, log-prob {sum(logps):8.2f}:  {text}{end}")
+    for question, *group in zip(args.question, rollout.completions, rollout.logps,
+                                rollout.finished):
+        print(f"\n{question}")
+        for ids, logps, finished in zip(*group):
+            text = model.tokenizer.decode(ids, skip_special_tokens=True)
+            print(f"  {len(ids):4} tokens, log-prob {sum(logps):8.2f}:  {text}"
+                  + " [cut]" * (not finished))
     print(f"\n{rollout.n_tokens} tokens in {rollout.seconds:.2f} s")
 
 

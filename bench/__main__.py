@@ -23,8 +23,8 @@ from tqdm import tqdm
 from bench import gpu, ours, peers
 from bench.report import ROOT, needed, ratio, report, table
 from plumbing.hub import keep_freed_memory
+from plumbing.run import peak_memory_gib
 from rollout import flat_batch
-from train import peak_memory_gib
 
 RESULTS = ROOT / "bench" / "results"
 SLOTS = 64  # rows in flight on ragged work; four sequences for each

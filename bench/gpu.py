@@ -27,13 +27,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
 from bench import ours, peers
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
-from plumbing.files import read_rows
 from plumbing.engine import sampler_for
+from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
+from plumbing.run import groups_that_fit, peak_memory_gib
 from rollout import flat_batch, generate, n_draws, sample
 
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; the head has more rows
@@ -237,7 +237,7 @@ def update(args, size, claim):
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         took = median_s(lambda: ours.updating(run, result, s), args.device)
-        peak = train.peak_memory_gib(args.device)
+        peak = peak_memory_gib(args.device)
         counted, ms = kernels(lambda: ours.updating(run, result, s), args.device)
         work = 3 * s.epochs * ours.forward_flops(model, n, P * G * T)
         yield (f"update, {P} × {G} × {T} tokens, {s.epochs} epochs of {n:,} packed tokens",
@@ -253,14 +253,14 @@ def largest_micro_batch(args, size, model, group, claim):
         if args.device != "cpu":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        before = train.peak_memory_gib(args.device)
+        before = peak_memory_gib(args.device)
         batch = flat_batch([[1] * size.prompt] * n, [[[1] * size.new_tokens] * 4] * n, args.device)
         model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
-        return (train.peak_memory_gib(args.device) - before) * 2**30
+        return (peak_memory_gib(args.device) - before) * 2**30
     bytes_of(1)  # the gradients
     one, two = bytes_of(1), bytes_of(2)
     free = torch.cuda.mem_get_info(args.device)[0] if args.device != "cpu" else 2**24
-    chosen = max(train.groups_that_fit(free, one, two), 1)
+    chosen = max(groups_that_fit(free, one, two), 1)
     if args.device == "cpu":
         chosen = min(chosen, 4)  # a CPU's peak never falls, so that nothing was measured
     try:

@@ -17,6 +17,7 @@ from objectives import group_advantages
 from plumbing import engine
 from plumbing.engine import Sampler
 from plumbing.hub import checked_config
+from plumbing.run import clock, make_optimizer
 from plumbing.settings import make_parser
 from rollout import generate
 
@@ -62,7 +63,7 @@ def settings(**changed):
 
 
 def make_run(model, s):
-    return SimpleNamespace(model=model, reference=None, optimizer=train.make_optimizer(model, s),
+    return SimpleNamespace(model=model, reference=None, optimizer=make_optimizer(model, s),
                            state={"optimizer_steps": 0, "skipped_steps": 0})
 
 
@@ -82,7 +83,7 @@ def sampling(run, prompts, s, lengths=None):
         result = generate(*arguments, max_rows=s.rollout_rows)
     finally:
         engine.Sampler = Sampler
-    assert [len(ids) for ids in result.completions] == lengths
+    assert [len(ids) for group in result.completions for ids in group] == lengths
     return result
 
 
@@ -110,16 +111,16 @@ def ragged_lengths(n, seed=0):
 
 
 def updating(run, result, s, separate_old_pass=False):
-    """What train.one_step does between grading and metrics; optionally a pass for the old
-    log-probs alone, which one minibatch an epoch does not need."""
-    reward_PG = injected_rewards(len(result.prompts), result.group_size)
+    """What train.train does between grading and metrics; optionally a pass for the old log-probs
+    alone, which one minibatch an epoch does not need."""
+    reward_PG = injected_rewards(len(result.prompts), len(result.completions[0]))
     minibatches = train.lay_out(result, group_advantages(reward_PG, "std").float(), s,
                                 run.model.device)
     for micro in (micro for minibatch in minibatches for micro in minibatch):
         if separate_old_pass:
             micro.old_logp_M, _ = run.model.completion_log_probs(micro.batch, s.temperature,
                                                                  entropy=True)
-    train.update(run, minibatches, s)
+    train.update(run, minibatches, s, train.remember_old_policy(run, minibatches, s))
     return sum(len(micro.batch.ids_N) for minibatch in minibatches for micro in minibatch)
 
 
@@ -154,9 +155,9 @@ class LiveBytes(TorchDispatchMode):
 
 def timed(function, device):
     """(seconds until the device is done, what the function returned)."""
-    began = train.clock(str(device))
+    began = clock(str(device))
     value = function()
-    return train.clock(str(device)) - began, value
+    return clock(str(device)) - began, value
 
 
 def machine(device, dtype):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from train import git
+from plumbing.run import git
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,7 +22,7 @@ from experiments import replay, report, run
 from experiments.cells import EXPERIMENTS, seeds
 from plumbing.files import read_rows
 from plumbing.hub import keep_freed_memory
-from train import git
+from plumbing.run import git
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"

@@ -112,6 +112,13 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@torch.no_grad()
+def refresh(policy, model):
+    """Copy a sharded model's weights into the whole copy that samples."""
+    for mine, sharded in zip(policy.parameters(), model.parameters(), strict=True):
+        mine.copy_(whole(sharded))
+
+
 def collect(state):
     """A state dict with whole tensors, on the CPU of process 0; the others get empty ones."""
     if isinstance(state, dict):
