@@ -396,8 +396,8 @@ def in_words(e, args):
     if is_out_of_memory(e):
         return (f"out of memory ({str(e)[:200].partition(chr(10))[0]}): lower "
                 f"--tokens-per-microbatch (now {args.tokens_per_microbatch}) or --rollout-rows "
-                f"(now {args.rollout_rows}), add --checkpoint-activations, or lower --group-size or "
-                "--max-new-tokens")
+                f"(now {args.rollout_rows}), add --checkpoint-activations, or lower --group-size "
+                "or --max-new-tokens")
     if parallel.n_processes() > 1 and isinstance(e, RuntimeError) and (
             "gloo" in str(e).lower() or "nccl" in str(e).lower()):
         return f"lost another process, whose own message says why ({str(e)[:200]})"

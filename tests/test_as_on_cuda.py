@@ -113,10 +113,9 @@ def sampled_and_updated_elsewhere():
     rollout, advantage_PG = made_up_rollout()
     s = settings(device="meta", minibatches=2)
     minibatches = train.lay_out(rollout, advantage_PG, s, "meta")
-    train.old_log_probs(run, minibatches, s)
     with pytest.MonkeyPatch.context() as patch:  # it asks whether the gradient norm is finite
-        patch.setattr(train, "optimizer_step", lambda run, s: None)
-        train.update(run, minibatches, s)
+        patch.setattr(train, "optimizer_step", lambda run, args: None)
+        train.update(run, minibatches, s, train.remember_old_policy(run, minibatches, s))
     assert {p.grad.device.type for p in model.parameters()} == {"meta"}
 
 

@@ -68,7 +68,7 @@ def test_given_lengths_are_kept_by_ours():
     s = ours.settings(group_size=2, max_new_tokens=30, rollout_rows=4)
     prompts, lengths = ours.make_prompts(4, 96), [3, 30, 8, 1, 17, 2, 5, 9]
     result = ours.sampling(ours.make_run(model, s), prompts, s, lengths)
-    assert [len(ids) for ids in result.completions] == lengths
+    assert [len(ids) for group in result.completions for ids in group] == lengths
 
 
 def test_rows_wait_where_every_place_for_a_prompt_is_taken():
@@ -77,7 +77,7 @@ def test_rows_wait_where_every_place_for_a_prompt_is_taken():
     s = ours.settings(group_size=4, max_new_tokens=40, rollout_rows=4)
     prompts, lengths = ours.make_prompts(6, 96), [40, 1, 1, 1] * 6  # one of each group stays long
     result = ours.sampling(ours.make_run(model, s), prompts, s, lengths)
-    assert [len(ids) for ids in result.completions] == lengths
+    assert [len(ids) for group in result.completions for ids in group] == lengths
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -27,6 +27,7 @@ from experiments.replay import (
     trained,
 )
 from model import Qwen2
+from plumbing import problems
 from plumbing.files import read_rows
 from plumbing.settings import read_settings
 
@@ -152,7 +153,7 @@ def test_stale_rollouts_are_those_of_the_model_so_many_steps_ago(monkeypatch):
     def sample(run, s, step, chosen):
         seen.append((step, run.step, chosen))
         return step
-    monkeypatch.setattr(train, "sample_and_grade", sample)
+    monkeypatch.setattr(train, "sample", sample)
     s = SimpleNamespace(prompts_per_step=2, seed=0)
     run = SimpleNamespace(problems=range(100), step=0)
     stale = runs.stale(3)
@@ -164,7 +165,7 @@ def test_stale_rollouts_are_those_of_the_model_so_many_steps_ago(monkeypatch):
     # rollouts 1 to 4 are of the start model, 5 of the model after step 1, and so on
     assert [(n, model) for n, model, _ in seen] == [
         (1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 3), (8, 4)]
-    assert [chosen for *_, chosen in seen] == [train.prompt_order(100, 2, n, 0)
+    assert [chosen for *_, chosen in seen] == [problems.prompt_order(100, 2, n, 0)
                                                for n in range(1, 9)]
 
 

@@ -31,16 +31,16 @@ def some_prompts():
     return [torch.randint(97, (n,), generator=g).tolist() for n in (7, 12, 3)]
 
 
-def groups(result):
-    G = result.group_size
-    return [result.completions[i:i + G] for i in range(0, len(result.completions), G)]
+def flat(nested):
+    """One list over all groups."""
+    return [x for group in nested for x in group]
 
 
 # ---------------------------------------------------------------- decoding
 
 def test_greedy_text_equals_transformers(model, network, machine):
-    for prompt, ours in zip(some_prompts(), generate(model, some_prompts(), 1, 40, 0.0).completions,
-                            strict=True):
+    result = generate(model, some_prompts(), 1, 40, 0.0)
+    for prompt, (ours,) in zip(some_prompts(), result.completions, strict=True):
         output = network.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
         assert ours == output[0, len(prompt):].tolist()
 
@@ -49,10 +49,10 @@ def test_cached_decoding_equals_teacher_forcing(model, machine):
     # The sampler's log-probs come from the cache, one token at a time, while rows finish and are
     # dropped; the scored ones from one pass over the finished text.
     result = generate(model, some_prompts(), 6, 40, 0.8, seed=4)
-    lengths = [len(c) for c in result.completions]
+    lengths = [len(c) for c in flat(result.completions)]
     assert len(set(lengths)) > 3, "rows should finish at different times for this to mean anything"
-    scored, _ = model.completion_log_probs(flat_batch(result.prompts, groups(result)), 0.8)
-    sampled = torch.tensor([x for row in result.logps for x in row])
+    scored, _ = model.completion_log_probs(flat_batch(result.prompts, result.completions), 0.8)
+    sampled = torch.tensor([x for row in flat(result.logps) for x in row])
     gap = (scored - sampled).abs().max().item()
     print(f"largest gap between cached and whole: {gap:.1e} nats")
     assert gap < 2e-5
@@ -89,12 +89,14 @@ def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_row
     prompts = [*some_prompts(), [9], *some_prompts()[:2]]  # one prompt of a single token
     keys = [3, 1, 4, 15, 9, 2]
     result = generate(model, prompts, 4, 24, 1.2, top_p, 11, 5, keys, max_rows)
-    assert len({len(ids) for ids in result.completions}) > 3
-    for b, (ids, logps) in enumerate(zip(result.completions, result.logps, strict=True)):
+    assert len({len(ids) for ids in flat(result.completions)}) > 3
+    finished = flat(result.finished)
+    for b, (ids, logps) in enumerate(zip(flat(result.completions), flat(result.logps),
+                                         strict=True)):
         slow_ids, slow_logps = slow_generate(network, prompts[b // 4], 1.2, top_p,
                                              (11, 5, keys[b // 4], b % 4), model.stop_ids, 24)
         assert ids == slow_ids and logps == pytest.approx(slow_logps, abs=2e-5)
-        assert result.finished[b] == (slow_ids[-1] in model.stop_ids)
+        assert finished[b] == (slow_ids[-1] in model.stop_ids)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.8, 0.9), (1.2, 0.5), (0.0, 1.0)])
@@ -102,7 +104,7 @@ def test_the_fast_sampler_gives_what_the_slow_one_defines(model, machine, temper
     work = (model, some_prompts(), 3, 20, temperature, top_p, 4, 1, [7, 8, 2])
     fast, slow = generate(*work, max_rows=4), sample_slowly(*work)
     assert (fast.completions, fast.finished) == (slow.completions, slow.finished)
-    for one, two in zip(fast.logps, slow.logps, strict=True):
+    for one, two in zip(flat(fast.logps), flat(slow.logps), strict=True):
         assert one == pytest.approx(two, abs=2e-5)
 
 
@@ -113,15 +115,15 @@ def test_waves_and_company_change_no_text(model, machine):
     waves = generate(model, prompts, 4, 30, 1.0, seed=6, max_rows=4)
     alone = generate(model, prompts[1:2], 4, 30, 1.0, seed=6, prompt_keys=[1])
     assert waves.completions == together.completions
-    assert alone.completions == together.completions[4:8]
+    assert alone.completions == together.completions[1:2]
     for other in (dict(seed=7), dict(seed=6, step=1), dict(seed=6, prompt_keys=[5, 6, 7])):
         assert generate(model, prompts, 4, 30, 1.0, **other).completions != together.completions
 
 
 def test_completions_end_with_their_first_stop_token_or_at_the_limit(model, machine):
     result = generate(model, some_prompts(), 8, 30, 1.2, seed=8)
-    assert any(result.finished) and not all(result.finished)
-    for ids, finished in zip(result.completions, result.finished):
+    assert any(flat(result.finished)) and not all(flat(result.finished))
+    for ids, finished in zip(flat(result.completions), flat(result.finished)):
         stops = [t for t, i in enumerate(ids) if i in model.stop_ids]
         assert stops == ([len(ids) - 1] if finished else [])
         assert finished or len(ids) == 30
@@ -137,7 +139,7 @@ def test_finished_rows_leave_the_computation(model, monkeypatch):
     monkeypatch.setattr(Qwen2, "forward", counted)
     monkeypatch.setattr(model, "stop_ids", [3, 4, 5, 6, 7])  # lengths of about 97 / 5 tokens
     result = generate(model, some_prompts(), 8, 60, 1.2, seed=8)
-    lengths = [len(c) for c in result.completions]
+    lengths = [len(c) for c in flat(result.completions)]
     assert rows.pop(0) == sum(map(len, some_prompts()))  # prompts once, not once a sample
     for t, n in enumerate(rows):  # what runs at step t, rounded up to a size, a few steps late
         running = sum(length > t - t % engine.LOOK_EVERY for length in lengths)
@@ -162,7 +164,7 @@ def test_places_of_ended_rows_are_refilled(model, monkeypatch):
     monkeypatch.setattr(model, "stop_ids", [3, 4, 5, 6, 7])  # lengths of about 97 / 5 tokens
     prompts = some_prompts() * 8
     result = generate(model, prompts, 4, 60, 1.2, seed=8, max_rows=16)
-    lengths = [len(c) for c in result.completions]
+    lengths = [len(c) for c in flat(result.completions)]
     waves = sum(max(lengths[i:i + 16]) * 16 for i in range(0, len(lengths), 16))
     assert max(rows) == 16
     assert sum(lengths) / sum(rows) > 0.7 > 0.5 > sum(lengths) / waves
