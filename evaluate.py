@@ -1,31 +1,30 @@
 """Accuracy and style of models on problem sets, with intervals; one model against another.
 
-What it does    samples answers with rollout.py, grades them with rewards.py, and writes
-                results.md, results.json, graded.jsonl and accuracy.png. Answers stay on disk:
-                an interrupted evaluation goes on where it stopped, a finished one is not repeated.
-What it leaves  sampling to rollout.py, what is correct to rewards.py, opinions to judge.py,
-                statistics to intervals.py.
+What it does    samples answers, grades them, and writes results.md, results.json, graded.jsonl and
+                accuracy.png. Answers stay on disk: an interrupted evaluation goes on where it
+                stopped, a finished one is not repeated.
+Not here        sampling (rollout.py), what is correct (rewards.py); and in evaluation/: the files
+                of answers, style, the judge, intervals, tables, figures.
 Run it alone    python evaluate.py tiny runs/tiny-pspo-s0/best --data tiny
-Where to fork   a measure of style is a line in `style` and one in STYLE; a scorer is
-                one of rewards.py. Answers on disk are graded anew each time, so neither costs any
-                sampling.
+Where to fork   a measure of style is a line in evaluation/style.py; a scorer is a branch in
+                rewards.py. Answers on disk are graded anew each time, so neither costs sampling.
 
-A *cell* is one model on one set at one temperature; its *rows* are one dict for each answer.
+A *cell* is one model on one set at one temperature. Its *rows* are dicts, one for each answer.
 """
 import argparse
 import glob
 import json
 import re
-import shutil
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from evaluation import judge
-from evaluation.answers import CHUNK, Progress, digest, read_answers, rows_that_fit
+from evaluation.answers import answer_files, places
 from evaluation.figures import draw_accuracy
 from evaluation.intervals import (
     bootstrap,
@@ -36,24 +35,23 @@ from evaluation.intervals import (
     verdict,
     welch,
 )
-from evaluation.judge import JUDGED
+from evaluation.judge import JUDGED, Opinion
 from evaluation.style import STYLE, after_answer, style
 from evaluation.tables import (
     comparison_table,
     main_score,
     measure_table,
-    p_value,
     score_table,
     seed_table,
+    verdict_lines,
 )
 from model import DTYPES, Qwen2
-from plumbing.checkpoint import locked
-from plumbing.files import write_whole
-from plumbing.hub import fingerprint, is_out_of_memory, keep_freed_memory, model_folder
+from plumbing.files import write_rows, write_whole
+from plumbing.hub import is_out_of_memory, keep_freed_memory, model_folder
 from plumbing.latex import ungraded
 from plumbing.problems import read_problems, report_dropped
 from plumbing.settings import check_sampling
-from rewards import INSTRUCTION, SCORERS, build_prompt, extract_answer, has_format, is_correct
+from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
 from rollout import generate, room_for
 
 YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false of an answer
@@ -61,35 +59,12 @@ YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false o
 
 # ------------------------------------------------------------------ answers and their grades
 
-def rows_of(rollout, problems, tokenizer):
-    """rows[p][g]: a dict for every answer of a rollout, with problem (id), sample, text, n_tokens
-    and finished. problems[p] is the problem that prompt p asks."""
-    return [[{"problem": problem.id, "sample": g, "n_tokens": len(ids), "finished": finished,
-              "text": tokenizer.decode(ids, skip_special_tokens=True)}
-             for g, (ids, finished) in enumerate(zip(*group))]
-            for problem, *group in zip(problems, rollout.completions, rollout.finished)]
-
-
-def grade(rollout, problems, tokenizer, progress=None):
-    """`rows_of`, each with its gold and graded: the bools strict, flexible and format."""
-    rows = rows_of(rollout, problems, tokenizer)
-    bar = tqdm(zip(rows, problems), desc=progress, unit="problem", leave=False, delay=2,
-               total=len(rows), disable=progress is None)
-    for group, problem in bar:
-        for row in group:
-            text, gold, finished = row["text"], problem.gold, row["finished"]
-            row |= {"gold": gold, "strict": is_correct(text, gold, "strict", finished=finished),
-                    "flexible": is_correct(text, gold, "flexible", finished=finished),
-                    "format": has_format(text, gold, finished=finished)}
-    return rows
-
-
 def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512,
                    seed=0, step=0, max_rows=256, prompt_keys=None, progress="evaluate"):
-    """A Rollout with `samples` answers to every problem.
+    """Sample `samples` answers to every problem: a Rollout.
 
-    Draws depend on (seed, step, problem index or its key, sample, position) alone. progress: as
-    in `generate`.
+    Draws depend on (seed, step, the problem's index or its key, sample, position) alone. progress:
+    as in `generate`.
     """
     prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
     return generate(model, prompts, samples, room_for(model, prompts, max_new_tokens), temperature,
@@ -97,27 +72,46 @@ def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_n
                     progress=progress)
 
 
-def answer(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512, seed=0,
-           step=0, max_rows=256, progress="evaluate"):
-    """Answer every problem `samples` times and grade each answer: the rows of `grade`, in one list.
+def answer_rows(rollout, problems, tokenizer):
+    """The answers of a rollout as rows: dicts with problem (its id), sample, text, n_tokens and
+    finished. problems[p] is the problem that prompt p asks."""
+    return [{"problem": problem.id, "sample": g, "n_tokens": len(ids), "finished": finished,
+             "text": tokenizer.decode(ids, skip_special_tokens=True)}
+            for problem, *group in zip(problems, rollout.completions, rollout.finished)
+            for g, (ids, finished) in enumerate(zip(*group))]
+
+
+def grade(rows, problems, scorers=("strict", "flexible"), progress=None):
+    """The rows of `answer_rows`, each with its gold, the verdict of every scorer, and format.
+
+    problems: all that the rows answer, in any order. progress: the label of a bar, or None.
     """
+    gold_of = {problem.id: problem.gold for problem in problems}
+
+    def graded(row):
+        text, gold, finished = row["text"], gold_of[row["problem"]], row["finished"]
+        verdicts = {scorer: is_correct(text, gold, scorer, finished=finished) for scorer in scorers}
+        return row | {"gold": gold, **verdicts, "format": has_format(text, gold, finished=finished)}
+    return [graded(row) for row in tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
+                                        disable=progress is None)]
+
+
+def grade_fully(rows, problems):
+    """As `grade`, with every scorer that fits the set, the answer as text, and its style."""
+    kind_of = {problem.id: problem.kind for problem in problems}
+    scorers = [s for s in SCORERS if s != "math" or "latex" in kind_of.values()]
+    return [row | style(row["text"]) | {"answer": extract_answer(
+                row["text"], finished=row["finished"], kind=kind_of[row["problem"]])}
+            for row in grade(rows, problems, scorers, "grading")]
+
+
+def answer_problems(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512,
+                    seed=0, step=0, max_rows=256, progress="evaluate"):
+    """Answer every problem `samples` times and grade each answer: rows as of `grade`."""
     rollout = sample_answers(model, problems, samples, temperature, top_p, max_new_tokens, seed,
                              step, max_rows, None, progress)
-    rows = grade(rollout, problems, model.tokenizer, progress and "grading")
-    return [row for group in rows for row in group]
-
-
-def measure(rows, problems):
-    """Rows of a cell with all that is said about an answer: every score, the answer, its style."""
-    by_id = {problem.id: problem for problem in problems}
-    latex = any(problem.kind == "latex" for problem in problems)
-    for row in tqdm(rows, desc="grading", unit="answer", leave=False, delay=2):
-        problem, text, finished = by_id[row["problem"]], row["text"], row["finished"]
-        row |= {key: is_correct(text, problem.gold, key, finished=finished)
-                for key in SCORERS if key != "math" or latex}
-        row |= {"gold": problem.gold, "format": has_format(text, problem.gold, finished=finished),
-                "answer": extract_answer(text, finished=finished, kind=problem.kind), **style(text)}
-    return rows
+    return grade(answer_rows(rollout, problems, model.tokenizer), problems,
+                 progress=progress and "grading")
 
 
 # ------------------------------------------------------------------ summaries
@@ -139,16 +133,18 @@ def by_problem(rows, key):
 
 
 def majority(rows):
-    """Whether a problem's most frequent answer is right (the earliest of equally frequent ones).
-    Right answers count as one however they are written, wrong ones as their text."""
+    """Whether a problem's most frequent answer is right; of equally frequent ones the first counts.
+
+    All right answers count as the same one, however they are written: 0.5 and 1/2 are two votes.
+    """
     answers = [True if row["flexible"] else row["answer"] for row in rows
                if row["flexible"] or row["answer"] is not None]
     return max(answers, key=answers.count, default=None) is True
 
 
 def summarise(rows, samples):
-    """Means over all rows, and for two or more samples pass@k for k = 1, 2, 4, … ≤ samples and the
-    majority vote, both by flexible correctness."""
+    """The means over all rows; for two or more samples also pass@k for k = 1, 2, 4, … ≤ samples and
+    the majority vote, both by flexible correctness."""
     n = len(rows)
     summary = {"n_problems": n // samples, "samples": samples,
                **{key: sum(r[key] for r in rows) / n for key in ("strict", "flexible", "format")},
@@ -165,8 +161,8 @@ def summarise(rows, samples):
 
 
 def full_summary(rows, samples):
-    """`summarise`, and every score, measure of style and mark as a mean over problems with its
-    interval; not those without values, as arithmetic without statements."""
+    """As `summarise`; every score, measure of style and mark is a mean over problems, with its
+    interval. A measure without values is left out, as arithmetic is without statements."""
     summary = summarise(rows, samples)
     summary["judged"] = sum(next(iter(JUDGED)) in row for row in rows)
     for key in (*SCORERS, "format", *STYLE, *JUDGED):
@@ -243,165 +239,53 @@ def expand(name):
                                            for x in re.split(r"(\d+)", path)])
 
 
-def longest_answers(model, name, sets, max_new_tokens):
-    """{data: tokens of an answer for which the set's longest prompt leaves room}."""
-    found = {}
+def graded_cells(args, folders, sets):
+    """{Cell: fully graded rows}: the answers that lie on disk, and those that are sampled now."""
+    (args.out / "answers").mkdir(parents=True, exist_ok=True)
+    files = answer_files(args, folders, sets)
+    rows = {cell: file.read()[0] for cell, file in files.items()}
+    if n_known := sum(map(len, rows.values())):
+        print(f"{n_known:,} answers are in {args.out}/answers already", file=sys.stderr)
+    for name in folders:
+        unfinished = {cell: file for cell, file in files.items() if cell.model == name
+                      and len(rows[cell]) < len(file.expected())}
+        if unfinished:
+            rows |= complete(args, name, unfinished, sets)
+    return {cell: grade_fully(rows[cell], sets[cell.data]) for cell in files}
+
+
+def complete(args, name, files, sets):
+    """Load one model and complete these files of its answers: {Cell: rows}."""
+    model = Qwen2.from_pretrained(name, args.device, args.dtype)
+    room = {}  # of every set, before hours of sampling: tokens of an answer to its longest prompt
     for data, problems in sets.items():
         try:
             prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
-            found[data] = room_for(model, prompts, max_new_tokens)
+            room[data] = room_for(model, prompts, args.max_new_tokens)
         except ValueError as e:
             raise ValueError(f"{name} on {data}: {e}") from e
-    return found
+    return {cell: file.complete(partial(sample_chunk, args, model, cell, file, room[cell.data]))
+            for cell, file in files.items()}
 
 
-def fill(path, settings, problems, model, room, args, progress):
-    """Answer what a cell's file lacks, a chunk at a time; room: tokens of an answer."""
-    samples, per_chunk = settings["samples"], settings["problems_per_chunk"]
-    expected = [(p.id, g) for p in problems for g in range(samples)]
-    with locked(path, f"{path} is being written by another evaluation"):
-        rows, end = read_answers(path, settings, expected, per_chunk * samples)
-        n_lost = path.read_bytes()[end:].count(b"\n") - (not end)  # less the line of settings
-        if n_lost >= per_chunk * samples:  # more than a killed process leaves
-            kept = path.with_name(path.name + ".damaged")
-            shutil.copy(path, kept)
-            print(f"warning: {path} is damaged in answer {len(rows) + 1} or soon after it; "
-                  f"{n_lost} answers are sampled again, the old file is kept as {kept}",
-                  file=sys.stderr)
-        with open(path, "r+b") as file:
-            file.truncate(end)
-            file.seek(end)
-            lines = [] if end else [settings]
-            for start in range(len(rows) // samples, len(problems), per_chunk):
-                chunk = problems[start:start + per_chunk]
-                rollout = sample_answers(
-                    model, chunk, samples, settings["temperature"], args.top_p, room, args.seed, 0,
-                    settings["rows_in_flight"], range(start, start + len(chunk)),
-                    progress.start(f"{settings['model']} {settings['data']} "
-                                   f"T={settings['temperature']:g}"))
-                progress.end()
-                for row in (r for group in rows_of(rollout, chunk, model.tokenizer) for r in group):
-                    behind = after_answer(row["text"])
-                    row["tokens_after"] = len(model.tokenizer.encode(behind,
-                                                                     add_special_tokens=False))
-                    lines.append(row)
-                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-                file.flush()
-                lines = []
+def sample_chunk(args, model, cell, file, room, problems, first):
+    """Sample the answers to these problems of a cell, the first of which is its number `first`."""
+    rollout = sample_answers(
+        model, problems, file.settings["samples"], cell.temperature, args.top_p, room, args.seed, 0,
+        file.settings["rows_in_flight"], range(first, first + len(problems)),
+        f"{cell}, problem {first + 1} to {first + len(problems)} of {len(file.problems)}")
+    rows = answer_rows(rollout, problems, model.tokenizer)
+    for row in rows:
+        behind = after_answer(row["text"])
+        row["tokens_after"] = len(model.tokenizer.encode(behind, add_special_tokens=False))
+    return rows
 
 
-def answer_all(args, folders, sets):
-    """{(model, data, temperature): rows} of every cell; a greedy one has one sample."""
-    (args.out / "answers").mkdir(parents=True, exist_ok=True)
-    cells = {}
-    for name, folder in folders.items():
-        weights = fingerprint(folder)
-        rows_in_flight = args.rollout_rows or rows_that_fit(folder, args.device, args.dtype,
-                                                            args.max_new_tokens)
-        for data, problems in sets.items():
-            for temperature in dict.fromkeys(args.temperature):
-                samples = args.samples if temperature else 1
-                settings = {
-                    "model": name, "weights": weights, "data": data, "temperature": temperature,
-                    "problems": digest(INSTRUCTION, problems), "samples": samples,
-                    "problems_per_chunk": max(CHUNK * rows_in_flight // samples, 1),
-                    "rows_in_flight": rows_in_flight, "top_p": args.top_p, "seed": args.seed,
-                    "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-                    "device": args.device.split(":")[0]}
-                slug = re.sub(r"[^\w.-]+", "-", f"{name}-{Path(data).stem}-T{temperature:g}")
-                cells[name, data, temperature] = (
-                    args.out / "answers" / f"{slug}-{digest(settings)[:8]}.jsonl", settings)
-
-    def answers(path, settings):
-        samples = settings["samples"]
-        expected = [(p.id, g) for p in sets[settings["data"]] for g in range(samples)]
-        chunk = settings["problems_per_chunk"] * samples
-        return read_answers(path, settings, expected, chunk)[0], len(expected)
-    there, missing = {}, {}
-    for which, (path, settings) in cells.items():
-        there[which], n = answers(path, settings)
-        missing[which] = n - len(there[which])
-    if n_there := sum(map(len, there.values())):
-        print(f"{n_there:,} answers are in {args.out}/answers already", file=sys.stderr)
-    progress = Progress(sum(missing.values()))
-    for name in folders:
-        model = None
-        for (of, data, temperature), (path, settings) in cells.items():
-            if of == name and missing[of, data, temperature]:
-                if model is None:
-                    model = Qwen2.from_pretrained(name, args.device, args.dtype)
-                    room = longest_answers(model, name, sets, args.max_new_tokens)
-                fill(path, settings, sets[data], model, room[data], args, progress)
-                there[of, data, temperature], _ = answers(path, settings)
-    progress.bar.close()
-    if progress.seconds:
-        print(f"{progress.answers:,} answers, {progress.tokens:,} tokens sampled in "
-              f"{progress.seconds:.1f} s: {progress.tokens / progress.seconds:,.0f} tokens/s",
-              file=sys.stderr)
-    return {which: measure(rows, sets[which[1]]) for which, rows in there.items()}
-
-
-def ask_judge(asked, args, answers, sets, sides):
-    """Add the judge's marks to the rows judged, the first sample of the first problems of each
-    cell: (tallies, preferences, disputes).
-
-    preferences: {(data, temperature): for each pair of runs the list of B's scores in both orders}.
-    """
-    path = args.out / "judge.jsonl"
-    question = {(data, p.id): p.question for data, problems in sets.items() for p in problems}
-    chosen = {which: [row for row in rows if row["sample"] == 0][:args.judge_problems]
-              for which, rows in answers.items()}
-    every = [(question[which[1], row["problem"]], row)
-             for which, rows in chosen.items() for row in rows]
-    marks, tally = judge.mark_answers(asked, [q for q, _ in every],
-                                      [row["text"] for _, row in every], path)
-    for (_, row), mark in zip(every, marks):
-        row |= {f"judge_{aspect}": n for aspect, n in (mark or {}).items()}
-    tallies, preferences, flips = {"marks": tally}, {}, set()
-    for a, b in zip(*sides):
-        for data, temperature in dict.fromkeys(which[1:] for which in answers):
-            rows_a, rows_b = (chosen[name, data, temperature] for name in (a, b))
-            outcomes, tally = judge.prefer(
-                asked, [question[data, row["problem"]] for row in rows_a],
-                [row["text"] for row in rows_a], [row["text"] for row in rows_b], path)
-            preferences.setdefault((data, temperature), []).append(outcomes)
-            tallies[f"preferences {a} | {b}, {data}, T {temperature:g}"] = tally
-            flips |= {(data, temperature, row["problem"]) for row, outcome in zip(rows_a, outcomes)
-                      if outcome and outcome[0] != outcome[1]}
-    return tallies, preferences, disputes(chosen, question, flips)
-
-
-def disputes(chosen, question, flips, n=20):
-    """The n problems where the judge disagrees most with the grader or, by order, with itself."""
-    cases = {}
-    for (name, data, temperature), rows in chosen.items():
-        for row in rows:
-            case = cases.setdefault((data, temperature, row["problem"]), {
-                "question": question[data, row["problem"]], "gold": row["gold"], "answers": {},
-                "size": 0.0, "why": []})
-            marks = {key[6:]: row[key] for key in JUDGED if key in row}
-            right = row[main_score([row])]
-            grade = "right" if right else "wrong"
-            said = ", ".join(f"{aspect} {mark}" for aspect, mark in marks.items()) or "not judged"
-            case["answers"][name] = row["text"], f"{grade}; {said}"
-            if marks and abs((marks["mathematics"] - 1) / 4 - right) > 0.5:
-                case["size"] += abs((marks["mathematics"] - 1) / 4 - right)
-                case["why"].append(f"{name} is {grade}, the judge gives its mathematics "
-                                   f"{marks['mathematics']}")
-    for which in flips:
-        cases[which]["size"] += 1
-        cases[which]["why"].append("the preference changes with the order")
-    for (data, temperature, problem), case in cases.items():
-        case["why"] = f"{problem}, T {temperature:g}: " + "; ".join(case["why"])
-    disputed = [case for case in cases.values() if case["size"]]
-    return sorted(disputed, key=lambda case: -case["size"])[:n]
-
-
-def compare_all(sides, answers, preferences):
-    """Every measure of every set and temperature, B against A: rows for `comparison_table`."""
+def compare_all(sides, cells, preferences):
+    """Every measure of every set and temperature, B against A: rows of `comparison_table`."""
     found = []
-    for data, temperature in dict.fromkeys(which[1:] for which in answers):
-        runs = [[answers[name, data, temperature] for name in side] for side in sides]
+    for data, temperature in places(cells):
+        runs = [[cells[name, data, temperature] for name in side] for side in sides]
         score = main_score(runs[0][0])
         about = {"data": data, "temperature": temperature}
         measures = {score: (score, ".1%"), "format": ("format", ".1%"), **STYLE, **JUDGED}
@@ -422,22 +306,12 @@ def compare_all(sides, answers, preferences):
     return found
 
 
-def verdicts(args, comparisons):
-    """One line for each set and temperature: what the comparison of accuracies shows."""
-    lines = []
-    for c in comparisons:
-        if c["measure"] in SCORERS:
-            between = "" if c["interval"] is None else " [{:+.1f}, {:+.1f}]".format(
-                *(100 * x for x in c["interval"]))
-            p = f", p {p_value(c)}" if c["p"] is not None else ""
-            lines.append(f"{c['data']}, T {c['temperature']:g}: {c['verdict']}: "
-                         f"{c['measure']} {c['a']:.1%} of {args.compare[0]}, {c['b']:.1%} of "
-                         f"{args.compare[1]}, {100 * c['difference']:+.1f} points{between}{p}")
-    return lines
+def chosen_models(args):
+    """(the two sides of --compare, the folder of every model by its name).
 
-
-def evaluate(args):
-    """Answer, judge, and what `write_results` does: (text, verdicts)."""
+    Raises ValueError for sides that cannot be compared, and what `model_folder` raises: a wrong
+    name shows at once.
+    """
     sides = [expand(name) for name in args.compare or ()]
     sizes = [len(side) for side in sides]
     if sides and min(sizes) == 1 != max(sizes) or args.judge and len(set(sizes)) > 1:
@@ -449,10 +323,11 @@ def evaluate(args):
     if sizes == [1, 1] and len({setting_of(m) for m in (*args.compare, *others)}) == 1 and others:
         raise ValueError("--compare: A, B and the models before it are runs of one setting; quote "
                          "patterns, as in --compare 'runs/a-s*/best' 'runs/b-s*/best'")
-    models = dict.fromkeys(others + sum(sides, []))
-    folders = {name: model_folder(name) for name in models}  # a wrong name shows at once
-    if args.judge and not judge.is_address(args.judge):
-        model_folder(args.judge)
+    return sides, {name: model_folder(name) for name in others + sum(sides, [])}
+
+
+def chosen_problems(args):
+    """({data: its problems}, {data: (id, gold) of those that cannot be graded}) of --data."""
     for data in args.data:
         if Path(data).is_file():
             print(f"{data}: a file has no splits, all its rows are used (a run that trained on "
@@ -464,39 +339,48 @@ def evaluate(args):
         if left_out:
             dropped[data] = left_out
             report_dropped(data, args.split, len(problems), left_out)
+    return sets, dropped
+
+
+def evaluate(args):
+    """Answer, grade, judge and compare, as the flags say: what `write_results` returns."""
+    sides, folders = chosen_models(args)
+    if args.judge and not judge.is_address(args.judge):
+        model_folder(args.judge)
+    sets, dropped = chosen_problems(args)
     asked = None
     if args.judge:
         settings = json.loads(args.judge_body), args.judge_per_minute, args.judge_timeout
         asked = judge.make_judge(args.judge, args.judge_name, args.device, args.dtype, *settings)
         asked.try_out()  # before hours of sampling
-    answers = answer_all(args, folders, sets)
-    about = {"sets": sets, "sides": sides, "dropped": dropped}
-    if asked:  # what is there should the judge fail
-        write_results(args, answers, **about)
-        said = ask_judge(asked, args, answers, sets, sides)
-        return write_results(args, answers, asked.name, *said, **about)
-    return write_results(args, answers, **about)
+    cells = graded_cells(args, folders, sets)
+    written = write_results(args, cells, sides, dropped)  # also where the judge will fail
+    if asked:
+        opinion = judge.judge_cells(asked, args.out / "judge.jsonl", args.judge_problems, cells,
+                                    sets, sides)
+        written = write_results(args, cells, sides, dropped, opinion)
+    return written
 
 
-def write_results(args, answers, judged_by="", tallies=(), preferences=(), disputed=(), *, sets,
-                  sides, dropped):
-    """Summarise and compare; write the tables, every grade and the figure: (text, verdicts)."""
-    tallies, preferences = dict(tallies), dict(preferences)
-    summaries = [{"model": name, "data": data, "temperature": temperature,
-                  **full_summary(rows, len(rows) // len(sets[data]))}
-                 for (name, data, temperature), rows in answers.items()]
+def write_results(args, cells, sides, dropped, opinion=Opinion()):
+    """Summarise and compare; write the tables, every graded answer and the figure.
+
+    Returns (the tables as text, the lines of `verdict_lines`).
+    """
+    summaries = [{**cell._asdict(), **full_summary(rows, rows[-1]["sample"] + 1)}
+                 for cell, rows in cells.items()]
     seeds = seed_summaries(summaries)
-    comparisons = compare_all(sides, answers, preferences) if sides else []
+    comparisons = compare_all(sides, cells, opinion.preferences) if sides else []
     parts = {"Accuracy": score_table(summaries)}
     if seeds:
         parts["Over seeds, each run one value"] = seed_table(seeds)
     parts["Style"] = measure_table(summaries, STYLE)
     if any(s["judged"] for s in summaries):
-        parts[f"Marks of {judged_by}"] = measure_table(summaries, {
+        parts[f"Marks of {opinion.judge}"] = measure_table(summaries, {
             "judged": ("judged", "d"), **JUDGED})
     if sides:
         parts[f"A {args.compare[0]}, B {args.compare[1]}"] = comparison_table(comparisons)
-    for name, tally in tallies.items():
+    for name, tally in opinion.tallies.items():
         parts[f"Judge, {name}"] = ", ".join(
             f"{key.replace('_', ' ')} {round(v, 2) if isinstance(v, float) else v}"
             for key, v in tally.items())
@@ -504,15 +388,14 @@ def write_results(args, answers, judged_by="", tallies=(), preferences=(), dispu
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     write_whole(args.out / "results.json", json.dumps(
         {"settings": settings, "results": summaries, "seeds": seeds, "comparison": comparisons,
-         "judge": {"name": judged_by, "prompt_version": judge.PROMPT_VERSION, **tallies},
+         "judge": {"name": opinion.judge, "prompt_version": judge.PROMPT_VERSION,
+                   **opinion.tallies},
          "dropped": dropped, "not_graded": len(ungraded)}, indent=2) + "\n")
     write_whole(args.out / "results.md", text + "\n")
-    write_whole(args.out / "graded.jsonl", "".join(
-        json.dumps({"model": name, "data": data, "temperature": temperature, **row}) + "\n"
-        for (name, data, temperature), rows in answers.items() for row in rows))
+    write_rows(args.out / "graded.jsonl", [{**cell._asdict(), **row}
+                                           for cell, rows in cells.items() for row in rows])
     draw_accuracy(summaries, args.out / "accuracy.png")
-    judge.dispute_sheet(disputed, args.out / "disputed.md")
-    return text, verdicts(args, comparisons)
+    return text, verdict_lines(*args.compare, comparisons) if sides else []
 
 
 def make_parser():

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from evaluate import grade, sample_answers
+from evaluate import answer_rows, grade, sample_answers
 from objectives import (
     group_advantages,
     kl_k3,
@@ -129,18 +129,18 @@ def sample(run, args, step, chosen):
 
 def score(rollout, problems, tokenizer, args, step):
     """rows[p][g]: a dict for every answer, with its text, grades and reward."""
-    rows = grade(rollout, problems, tokenizer)
-    for group in rows:
-        for g, row in enumerate(group):
-            about = f"{row['problem']}, gold {row['gold']!r}, completion {row['text']!r:.2000}"
-            try:
-                row["reward"] = reward(row["text"], row["gold"], row["finished"], args.reward,
-                                       key=(args.seed, step, row["problem"], g))
-            except Exception as e:
-                raise GradingError(f"grading raised {e!r} on {about}") from e
-            if not math.isfinite(row["reward"]):
-                raise GradingError(f"the reward is {row['reward']} for {about}")
-    return rows
+    rows = grade(answer_rows(rollout, problems, tokenizer), problems)
+    for row in rows:
+        about = f"{row['problem']}, gold {row['gold']!r}, completion {row['text']!r:.2000}"
+        try:
+            row["reward"] = reward(row["text"], row["gold"], row["finished"], args.reward,
+                                   key=(args.seed, step, row["problem"], row["sample"]))
+        except Exception as e:
+            raise GradingError(f"grading raised {e!r} on {about}") from e
+        if not math.isfinite(row["reward"]):
+            raise GradingError(f"the reward is {row['reward']} for {about}")
+    G = len(rollout.completions[0])
+    return [rows[first:first + G] for first in range(0, len(rows), G)]
 
 
 def validate(run, args):

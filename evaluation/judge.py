@@ -21,9 +21,11 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from evaluation.answers import places
 from plumbing.files import json_lines
 
 PROMPT_VERSION = 1
@@ -368,23 +370,42 @@ def prefer(judge, questions, a_answers, b_answers, path):
     return [outcome(pair) if pair else (0.5, 0.5) for pair in orders], tally
 
 
-def dispute_sheet(disputes, path):
-    """A Markdown page for a person to check: the most disputed first, answers side by side.
+class Opinion(NamedTuple):
+    """What a judge said of the answers, beside the marks in their rows.
 
-    disputes: dicts with question, gold, why (text) and answers: {name: (text, what was said)}.
+    tallies: {what was asked: how many were judged, unreadable, …}. preferences: {(data,
+    temperature): for each pair of runs the list of B's scores in both orders}.
     """
-    def cell(text):
-        text = re.sub(r"([\\`*_#\[\]|])", r"\\\1", text)
-        return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "<br>")
-    lines = ["# Answers to check by eye, the most disputed first", ""]
-    for n, d in enumerate(disputes, 1):
-        lines += [f"## {n}. {d['why']}", "",
-                  cell(d["question"]), "", f"Gold: {cell(d['gold'])}", "",
-                  "| " + " | ".join(map(cell, d["answers"])) + " |",
-                  "|" + " --- |" * len(d["answers"]),
-                  "| " + " | ".join(cell(text) for text, _ in d["answers"].values()) + " |",
-                  "| " + " | ".join(cell(said) for _, said in d["answers"].values()) + " |", ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    judge: str = ""
+    tallies: dict = {}
+    preferences: dict = {}
+
+
+def judge_cells(judge, path, n_problems, cells, sets, sides):
+    """Have a judge mark answers of every cell, and compare the runs of the two sides: an Opinion.
+
+    The first sample of the first `n_problems` problems is judged. The marks go into the rows of
+    `cells`, {Cell: rows}. sets: {data: problems}. path: as in `consult`.
+    """
+    question = {(data, p.id): p.question for data, problems in sets.items() for p in problems}
+    chosen = {cell: [row for row in rows if row["sample"] == 0][:n_problems]
+              for cell, rows in cells.items()}
+    every = [(question[cell.data, row["problem"]], row)
+             for cell, rows in chosen.items() for row in rows]
+    marks, tally = mark_answers(judge, [q for q, _ in every],
+                                      [row["text"] for _, row in every], path)
+    for (_, row), mark in zip(every, marks):
+        row |= {f"judge_{aspect}": n for aspect, n in (mark or {}).items()}
+    tallies, preferences = {"marks": tally}, {}
+    for a, b in zip(*sides):
+        for data, temperature in places(cells):
+            rows_a, rows_b = (chosen[name, data, temperature] for name in (a, b))
+            outcomes, tally = prefer(
+                judge, [question[data, row["problem"]] for row in rows_a],
+                [row["text"] for row in rows_a], [row["text"] for row in rows_b], path)
+            preferences.setdefault((data, temperature), []).append(outcomes)
+            tallies[f"preferences {a} | {b}, {data}, T {temperature:g}"] = tally
+    return Opinion(judge.name, tallies, preferences)
 
 
 if __name__ == "__main__":

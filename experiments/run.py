@@ -1,6 +1,6 @@
 """One run of one cell: train it in a folder that goes away, test its last weights, keep a row.
 
-What it does    calls train.train with the cell's flags and evaluate.answer on the test problems.
+What it does    calls train.train with the cell's flags, then answers the test problems.
                 Flags of its own: --stale, --noise and --unclipped put something in train.py's
                 place, --where looks on, --hopeless makes problems that cannot be solved.
 What it leaves  which cells there are to cells.py, which of them are still to run to __main__.py;
@@ -23,7 +23,7 @@ import torch
 
 import plumbing.run
 import train
-from evaluate import answer, summarise
+from evaluate import answer_problems, summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss
@@ -223,8 +223,9 @@ def run_cell(cell):
             failed = str(e)
         metrics = read_rows(folder / "metrics.jsonl")
         samples = read_rows(folder / "samples.jsonl")
-        answers = [] if failed else answer(Qwen2.from_pretrained(checkpoints(folder)[-1]),
-                                           load_problems("tiny", "test"), progress=None)
+        answers = [] if failed else answer_problems(
+            Qwen2.from_pretrained(checkpoints(folder)[-1]), load_problems("tiny", "test"),
+            progress=None)
     steps = [row for row in metrics if row["step"] > 0]
     row = {"flags": cell[0], "seed": cell[1]}
     if not failed:

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from evaluate import answer, sample_answers, summarise
+from evaluate import answer_problems, sample_answers, summarise
 from evaluation.figures import draw_curves
 from model import Qwen2
 from plumbing import parallel
@@ -465,8 +465,8 @@ def test_at_the_end(args, folder, test):
     scores = []
     torch.set_float32_matmul_precision("highest")  # fp32 as evaluate.py's, and the same figures
     for path in (args.model, folder / "best"):
-        rows = answer(Qwen2.from_pretrained(path, args.device), test, max_rows=args.rollout_rows,
-                      progress="test")
+        rows = answer_problems(Qwen2.from_pretrained(path, args.device), test,
+                               max_rows=args.rollout_rows, progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": args.data, "n_problems": len(test),
                                       "base_strict": scores[0], "best_strict": scores[1]})

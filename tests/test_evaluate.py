@@ -14,6 +14,7 @@ import torch
 
 import evaluate
 from evaluation import answers, intervals
+from evaluation.answers import AnswerFile
 from evaluation.style import after_answer, style
 from evaluation.tables import main_score
 from model import Qwen2
@@ -271,10 +272,10 @@ def test_what_is_finished_is_not_repeated_and_what_changed_is(monkeypatch):
 
 
 def test_a_file_of_answers_cut_anywhere_gives_its_whole_chunks():
-    settings = {"settings": 1}
+    settings = {"samples": 1, "problems_per_chunk": 3}
     rows = [{"problem": f"p/{i}", "sample": 0, "text": "", "n_tokens": 1, "tokens_after": 0,
              "finished": True} for i in range(7)]
-    expected = [(f"p/{i}", 0) for i in range(7)]
+    problems = [Problem(f"p/{i}", "?", "1", "number") for i in range(7)]
     lines = [json.dumps(line).encode() + b"\n" for line in [settings, *rows]]
     ends = [len(b"".join(lines[:n + 1])) for n in range(8)]
     path = Path("answers.jsonl")
@@ -282,24 +283,23 @@ def test_a_file_of_answers_cut_anywhere_gives_its_whole_chunks():
         path.write_bytes(b"".join(lines)[:cut])
         n_lines = sum(end <= cut for end in ends) - 1  # whole rows
         n = 7 if n_lines == 7 else max(n_lines, 0) // 3 * 3  # chunks of three
-        found = answers.read_answers(path, settings, expected, 3)
+        found = AnswerFile(path, settings, problems).read()
         assert found == (rows[:n], ends[n] if n else 0)
     with pytest.raises(OSError, match="under other settings"):
-        answers.read_answers(path, {"settings": 2}, expected, 3)
+        AnswerFile(path, {**settings, "samples": 2}, problems).read()
     for damage in (b"gar\xffbage\n", b"[]\n", b'{"problem": "p/9", "sample": 0}\n',
                    b'{"problem": "p/4", "sample": 0}\n', lines[5].replace(b'""', b"null")):
         path.write_bytes(b"".join(lines[:5]) + damage + b"".join(lines[6:]))
-        assert answers.read_answers(path, settings, expected, 3) == (rows[:3], ends[3])
-    assert answers.read_answers(Path("none"), settings, expected, 3) == ([], 0)
+        assert AnswerFile(path, settings, problems).read() == (rows[:3], ends[3])
+    assert AnswerFile(Path("none"), settings, problems).read() == ([], 0)
 
 
 def test_two_evaluations_do_not_write_one_file():
-    problems, model = load_problems("tiny")[:2], Qwen2.from_pretrained("tiny")
     settings = {"samples": 1, "problems_per_chunk": 1}
     with open("answers.jsonl", "ab") as other:
         checkpoint.fcntl.flock(other, checkpoint.fcntl.LOCK_EX)
         with pytest.raises(OSError, match="is being written by another evaluation"):
-            evaluate.fill(Path("answers.jsonl"), settings, problems, model, 9, None, None)
+            AnswerFile(Path("answers.jsonl"), settings, load_problems("tiny")[:2]).complete(None)
 
 
 def test_a_damaged_file_of_answers_is_kept_and_said(capsys):
@@ -374,7 +374,7 @@ def test_compare_says_what_is_shown_and_what_is_not(capsys):
 def test_batches_change_no_answer():
     model, problems = Qwen2.from_pretrained("tiny"), load_problems("tiny")[:12]
     for temperature in (0.0, 1.0):
-        rows = [evaluate.answer(model, problems, 3, temperature, max_rows=n, progress=None)
+        rows = [evaluate.answer_problems(model, problems, 3, temperature, max_rows=n, progress=None)
                 for n in (3, 256)]
         assert rows[0] == rows[1]
 
@@ -408,12 +408,12 @@ def raw(problem, text):
 def test_a_set_with_some_latex_answers_gets_the_math_score_everywhere():
     problems = [Problem("m/0", "?", r"\frac{14}{3}", "latex"), Problem("m/1", "?", "18", "number")]
     texts = [r"so \boxed{\dfrac{14}{3}}", r"\boxed{18} in step 2"]
-    rows = evaluate.measure([raw(p, text) for p, text in zip(problems, texts)], problems)
+    rows = evaluate.grade_fully([raw(p, text) for p, text in zip(problems, texts)], problems)
     assert [row["math"] for row in rows] == [True, True]
     assert [row["flexible"] for row in rows] == [True, False]  # the last number is 2
     assert main_score(rows) == "math"
     assert evaluate.full_summary(rows, 1)["math"] == 1.0
-    rows = evaluate.measure([raw(problems[1], texts[1])], problems[1:])
+    rows = evaluate.grade_fully([raw(problems[1], texts[1])], problems[1:])
     assert "math" not in rows[0] and "math" not in evaluate.full_summary(rows, 1)
 
 

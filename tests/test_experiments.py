@@ -120,7 +120,7 @@ def test_a_row_is_of_the_last_weights_on_the_test_problems_and_of_its_parts_of_t
                     best=Qwen2.from_pretrained("runs/run/best").state_dict())
         return [{"strict": i % 4 == 0, "flexible": i % 2 == 0, "format": True, "finished": True}
                 for i in range(len(problems))]
-    monkeypatch.setattr(runs, "answer", answer)
+    monkeypatch.setattr(runs, "answer_problems", answer)
     monkeypatch.setattr(train, "validate", lambda run, s: {
         "validation_reward": -next(worse), "validation_accuracy": 0.5})
     row = runs.run_cell((SMALL, 0))

@@ -516,15 +516,15 @@ def test_a_set_keeps_its_own_validation_split(monkeypatch):
 
 def test_a_run_in_bf16_is_tested_as_evaluate_tests_it(monkeypatch):
     dtypes = []
-    answered = plumbing.run.answer
-    monkeypatch.setattr(plumbing.run, "answer", lambda model, *rest, **more: (
+    answered = plumbing.run.answer_problems
+    monkeypatch.setattr(plumbing.run, "answer_problems", lambda model, *rest, **more: (
         dtypes.append((model.compute_dtype, more["max_rows"])), answered(model, *rest, **more))[1])
     run("--steps", "1", "--dtype", "bf16", "--rollout-rows", "32")
     assert dtypes == 2 * [(torch.float32, 32)]
 
     def no_room(*rest, **more):
         raise torch.OutOfMemoryError("no room")
-    monkeypatch.setattr(plumbing.run, "answer", no_room)
+    monkeypatch.setattr(plumbing.run, "answer_problems", no_room)
     with pytest.raises(SystemExit, match="but not its test: no room; try again with --resume "
                                          "--name large --rollout-rows and less than 256"):
         run("--steps", "1", "--name", "large")
