@@ -50,8 +50,9 @@ from plumbing.files import write_rows, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory, model_folder
 from plumbing.latex import ungraded
 from plumbing.problems import read_problems, report_dropped
+from plumbing.settings import check_sampling
 from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
-from rollout import check_sampling, generate, room_for
+from rollout import generate, room_for
 
 YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false of an answer
 
@@ -74,11 +75,10 @@ def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_n
 def answer_rows(rollout, problems, tokenizer):
     """The answers of a rollout as rows: dicts with problem (its id), sample, text, n_tokens and
     finished. problems[p] is the problem that prompt p asks."""
-    G = rollout.group_size
-    return [{"problem": problems[b // G].id, "sample": b % G,
-             "text": tokenizer.decode(ids, skip_special_tokens=True),
-             "n_tokens": len(ids), "finished": rollout.finished[b]}
-            for b, ids in enumerate(rollout.completions)]
+    return [{"problem": problem.id, "sample": g, "n_tokens": len(ids), "finished": finished,
+             "text": tokenizer.decode(ids, skip_special_tokens=True)}
+            for problem, *group in zip(problems, rollout.completions, rollout.finished)
+            for g, (ids, finished) in enumerate(zip(*group))]
 
 
 def grade(rows, problems, scorers=("strict", "flexible"), progress=None):

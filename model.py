@@ -4,7 +4,8 @@ What it does    `Qwen2.forward` takes the tokens of many sequences end to end on
                 the function `attend` it is handed knows which token may see which, so one forward
                 serves prefill, training and cached decoding, and nothing outside attention is
                 ever padded.
-Not here        the attention patterns (rollout.py), the loss (objectives.py), the files of a model
+                `SharedPromptAttention` is that function for training and prefill.
+Not here        cached decoding (plumbing/engine.py), the loss (objectives.py), files
                 (plumbing/hub.py).
 Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
 Where to fork   another architecture: `Layer` holds what is particular to Qwen2.5; ARCHITECTURE in
@@ -14,6 +15,7 @@ Axis letters: N flat tokens, M completion tokens among them, C model width, H qu
 K key/value heads, D head width, V vocabulary.
 """
 import argparse
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -27,6 +29,10 @@ from plumbing.files import read_json
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the
 # chunked head, 110 and 883 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
+
+# On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (issue 196678
+# of pytorch) and which builds a plan for every new shape; here nearly every micro-batch is new.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Linear(nn.Linear):
@@ -153,6 +159,10 @@ class Qwen2(nn.Module):
         return self.model["embed_tokens"].weight.device
 
     @property
+    def on_cuda(self):
+        return self.model["embed_tokens"].weight.is_cuda
+
+    @property
     def context(self):
         """The longest sequence, prompt and completion together, in tokens."""
         return self.config["max_position_embeddings"]
@@ -197,40 +207,60 @@ class Qwen2(nn.Module):
         logits = F.linear(hidden_NC, weight_VC).float()
         return F.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1)
 
-    def completion_log_probs(self, batch, temperature=1.0, loss=None, entropy=False):
-        """Log-probabilities of a batch's completion tokens; with `loss`, also its gradient.
-
-        The head is computed at the positions that predict completion tokens only, a few whole
-        completions at a time: each chunk's log-probabilities are overwritten by the gradient of its
-        logits, g · (1[token] − softmax) / temperature with g = ∂loss/∂logp. One backward through
-        the body follows. Equal to autograd, with one (chunk, V) tensor instead of several (M, V).
-
-        batch: rollout.FlatBatch. loss(logp_chunk, chunk) -> scalar: called once per chunk, a slice
-            of M; the losses of all chunks are added, so it must be a weighted sum, not a mean.
-        Returns logp_M and entropy_M (or None), fp32, nats, no grad.
-        """
+    def completion_log_probs(self, batch, temperature=1.0, entropy=False):
+        """Log-probabilities of a batch's completion tokens: logp_M and entropy_M (or None), fp32,
+        nats, no grad. batch: rollout.FlatBatch."""
         # compiled, a pass without gradient may be another kernel, equal only up to rounding
-        with torch.set_grad_enabled(loss is not None or self.compiled):
-            hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
-            hidden_MC = hidden_NC.index_select(0, batch.predictor_M)
-        logps, entropies, gradients = [], [], []
-        with torch.no_grad():
-            weight_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
-            chunk_bytes = HEAD_BYTES[self.device.type]
-            for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
-                target_M1 = batch.target_M[chunk, None]
-                x_MV = self.log_probs(hidden_MC[chunk], temperature, weight_VC)
-                logps.append(x_MV.gather(1, target_M1).squeeze(1))
-                if entropy:
-                    entropies.append(-(x_MV.exp() * x_MV).sum(1))
-                if loss is not None:
-                    g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
-                    x_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1)
-                    gradients.append(self.head_backward(x_MV, hidden_MC[chunk], weight_VC))
-        if loss is not None:
-            hidden_MC.backward(torch.cat(gradients))
+        with torch.set_grad_enabled(self.compiled):
+            hidden_MC = self.predicting_states(batch)
+        logps, entropies = [], []
+        for chunk, logp_MV, _ in self.head_in_chunks(batch, hidden_MC, temperature):
+            logps.append(logp_MV.gather(1, batch.target_M[chunk, None]).squeeze(1))
+            if entropy:
+                entropies.append(entropy_of(logp_MV))
         return torch.cat(logps), torch.cat(entropies) if entropy else None
 
+    def accumulate_gradients(self, batch, temperature, loss, entropy=False):
+        """Add ∂loss/∂weights to the gradients; returns what `completion_log_probs` does.
+
+        The head is computed a few whole completions at a time: each chunk's log-probabilities are
+        overwritten by the gradient of its logits, g · (1[token] − softmax) / temperature with
+        g = ∂loss/∂logp. One backward through the body follows. Equal to autograd, with one
+        (chunk, V) tensor instead of several (M, V).
+
+        loss(logp_chunk, chunk) -> scalar: called once per chunk, a slice of M; the losses of all
+            chunks are added, so it must be a weighted sum, not a mean.
+        """
+        with torch.enable_grad():
+            hidden_MC = self.predicting_states(batch)
+        logps, entropies, gradients = [], [], []
+        for chunk, logp_MV, weight_VC in self.head_in_chunks(batch, hidden_MC, temperature):
+            target_M1 = batch.target_M[chunk, None]
+            logps.append(logp_MV.gather(1, target_M1).squeeze(1))
+            if entropy:
+                entropies.append(entropy_of(logp_MV))
+            g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
+            logit_gradient_MV = logp_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1)
+            gradients.append(self.head_backward(logit_gradient_MV, hidden_MC.detach()[chunk],
+                                                weight_VC))
+        hidden_MC.backward(torch.cat(gradients))
+        return torch.cat(logps), torch.cat(entropies) if entropy else None
+
+    def predicting_states(self, batch):
+        """(M, C): the hidden states that predict the completion tokens."""
+        hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
+        return hidden_NC.index_select(0, batch.predictor_M)
+
+    @torch.no_grad()
+    def head_in_chunks(self, batch, hidden_MC, temperature):
+        """Yields a slice of M, its log-probabilities (M, V) and the head's weights (V, C)."""
+        weight_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
+        chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
+        for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
+            logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, weight_VC)
+            yield chunk, logp_MV, weight_VC
+
+    @torch.no_grad()
     def head_backward(self, gradient_MV, hidden_MC, weight_VC):
         """Add the head's gradient to the fp32 one of its weight; return that of its input, (M, C).
         """
@@ -311,12 +341,104 @@ class Qwen2(nn.Module):
                        self.tokenizer_files)
 
 
+def entropy_of(logp_MV):
+    """−Σ p·log p of each row: (M,) nats."""
+    return -(logp_MV.exp() * logp_MV).sum(1)
+
+
 def gradient_of(loss, logp_M, chunk):
     """∂loss/∂logp of one chunk: (M,) fp32."""
     with torch.enable_grad():
         leaf_M = logp_M.clone().requires_grad_()
         return torch.autograd.grad(loss(leaf_M, chunk), leaf_M)[0]
 
+
+# ------------------------------------------------------------------ who may see which token
+
+class PaddedSequences:
+    """Index tensors that view flat tokens as padded sequences, inside attention only.
+
+    Sequence i asks with its own tokens (rows `start … start + length` of the flat axis), and sees
+    the tokens of its prefix followed by its own up to the one that asks. Without the prefix
+    arguments no sequence has a prefix. All four are lists of ints, so that nothing here waits for
+    a GPU.
+    """
+
+    def __init__(self, starts, lengths, prefix_starts=None, prefix_lengths=None, device="cpu"):
+        def column(values):
+            return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
+        start_B1, self.length_B = column(starts), column(lengths).squeeze(1)
+        t_T = torch.arange(max(lengths), device=device)
+        last_B1 = column([max(s + n - 1, 0) for s, n in zip(starts, lengths)])
+        self.query_BT = torch.minimum(start_B1 + t_T, last_B1)
+        self.key_BJ, self.mask = self.query_BT, None
+        if prefix_starts is not None:
+            prefix_B1 = column(prefix_lengths)
+            j_J = torch.arange(max(map(sum, zip(prefix_lengths, lengths))), device=device)
+            own_BJ = torch.minimum(start_B1 + j_J - prefix_B1, last_B1)
+            self.key_BJ = torch.where(j_J < prefix_B1, column(prefix_starts) + j_J, own_BJ)
+            self.visible_BTJ = j_J <= prefix_B1[:, :, None] + t_T[:, None]
+        self.place_N = torch.tensor([b * len(t_T) + t for b, n in enumerate(lengths)
+                                     for t in range(n)], dtype=torch.int64, device=device)
+
+    def attend(self, q_NHD, k_NKD, v_NKD):
+        """Attention of these sequences' own tokens, flat again: (their number, H, D)."""
+        (B, T), J = self.query_BT.shape, self.key_BJ.shape[1]
+        H, (K, D) = q_NHD.shape[1], k_NKD.shape[1:]
+        q = q_NHD.index_select(0, self.query_BT.flatten()).view(B, T, H, D).transpose(1, 2)
+        k = k_NKD.index_select(0, self.key_BJ.flatten()).view(B, J, K, D).transpose(1, 2)
+        v = v_NKD.index_select(0, self.key_BJ.flatten()).view(B, J, K, D).transpose(1, 2)
+        if self.key_BJ is self.query_BT:  # padding comes last, so causal order alone hides it
+            k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+            out_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # heads that share keys are stacked along T: torch's fast kernels take no mask
+            # beside grouped queries
+            q = q.reshape(B, K, H // K * T, D)
+            mask = self.stacked_mask(H // K, q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out_BHTD = out.reshape(B, H, T, D)  # no view: CUDA's lies in memory as (B, hT, K, D)
+        return out_BHTD.transpose(1, 2).reshape(B * T, H, D).index_select(0, self.place_N)
+
+    def stacked_mask(self, h, dtype):
+        """The additive mask (B, 1, h·T, J), made once for all layers; rows start at multiples of 8
+        elements, as CUDA kernels want it."""
+        if self.mask is None or self.mask.dtype != dtype:
+            visible = F.pad(self.visible_BTJ, (0, -self.visible_BTJ.shape[2] % 8))
+            visible = visible.repeat(1, h, 1)[:, None]
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self.mask = mask.masked_fill_(~visible, -torch.inf)[..., :self.visible_BTJ.shape[2]]
+        return self.mask
+
+
+class SharedPromptAttention:
+    """Flat tokens: all prompts end to end, then all completions end to end, group by group.
+
+    A prompt sees itself, causally; a completion sees its prompt and itself. Without completions
+    these are independent sequences.
+    prompt_lengths: P ints; completion_lengths: P lists of ints, in tokens.
+    """
+
+    def __init__(self, prompt_lengths, completion_lengths, device="cpu"):
+        start_P = [0, *accumulate(prompt_lengths)]
+        self.n_prompt_tokens = start_P[-1]
+        self.prompts = PaddedSequences(start_P[:-1], prompt_lengths, device=device)
+        self.completions = None
+        lengths = [n for group in completion_lengths for n in group]
+        if sum(lengths):
+            prompt_of = [p for p, group in enumerate(completion_lengths) for _ in group]
+            start_B = accumulate([self.n_prompt_tokens, *lengths[:-1]])
+            self.completions = PaddedSequences(
+                list(start_B), lengths, [start_P[p] for p in prompt_of],
+                [prompt_lengths[p] for p in prompt_of], device)
+
+    def __call__(self, layer, q_NHD, k_NKD, v_NKD):
+        out = self.prompts.attend(q_NHD, k_NKD, v_NKD)
+        if self.completions is None:
+            return out
+        return torch.cat([out, self.completions.attend(q_NHD, k_NKD, v_NKD)])
+
+
+# ------------------------------------------------------------------ run alone
 
 def main():
     hub.keep_freed_memory()
@@ -334,8 +456,6 @@ def main():
           f"{sum(p.numel() for p in qwen.parameters()):,} parameters, stop ids {qwen.stop_ids}")
 
     from transformers import AutoModelForCausalLM
-
-    from rollout import SharedPromptAttention  # only here: rollout.py stands above this file
     theirs = AutoModelForCausalLM.from_pretrained(hub.model_folder(name), dtype=torch.float32)
     ids = torch.arange(32) * 997 % qwen.n_real_ids
     with torch.no_grad():

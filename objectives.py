@@ -17,6 +17,7 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe:
 
 Axis letters: P prompts, G completions per prompt, B = P·G, M completion tokens end to end.
 """
+import math
 from functools import partial
 
 import torch
@@ -204,6 +205,15 @@ def clip_removes(ratio, advantage, epsilon=DIAGNOSTIC_EPSILON):
     return ((ratio > 1 + epsilon) & (advantage > 0)) | ((ratio < 1 - epsilon) & (advantage < 0))
 
 
+def quantile(x_M, *shares):
+    """The values below which these shares of x lie, as torch.quantile has them; that function stops
+    at 2²⁴ elements, which one step can exceed."""
+    sorted_M = x_M.sort().values
+    places = [share * (len(x_M) - 1) for share in shares]
+    return [torch.lerp(sorted_M[int(i)], sorted_M[math.ceil(i)], i - int(i)).item()
+            for i in places]
+
+
 @torch.no_grad()
 def ratio_diagnostics(log_ratio_M, advantage_M, weight_M):
     """Describe the importance ratios of M tokens: a dict of floats, by the names of the glossary.
@@ -213,7 +223,7 @@ def ratio_diagnostics(log_ratio_M, advantage_M, weight_M):
     """
     log_ratio_M = log_ratio_M.double()
     ratio_M = log_ratio_M.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    p1, p50, p99 = torch.quantile(ratio_M, torch.tensor([.01, .5, .99]).to(ratio_M)).tolist()
+    p1, p50, p99 = quantile(ratio_M, 0.01, 0.5, 0.99)
     outside_M = (ratio_M < 1 - DIAGNOSTIC_EPSILON) | (ratio_M > 1 + DIAGNOSTIC_EPSILON)
     gradient_M = weight_M.double() * advantage_M.abs() * ratio_M
     removed = (gradient_M[clip_removes(ratio_M, advantage_M)].sum()

@@ -1,4 +1,4 @@
-"""Speed and memory beside the peers: python -m bench sample|update|step|memory|scale [flags]
+"""Speed and memory beside the peers: python -m bench sample|update|step|memory|scale|gpu [flags]
 
 What it does    Runs ours and the peers in turns, in one process, on the same weights, prompts,
                 lengths and threads; prints a table of medians and writes it, with every round, to
@@ -6,12 +6,11 @@ What it does    Runs ours and the peers in turns, in one process, on the same we
 Not here        our work (ours.py), the peers' (peers.py; it needs bench/requirements.txt).
 Run it alone    python -m bench step --shape 24.9m --peers trl
                 python -m bench step --device cuda --shape qwen2.5-0.5b      the paper's step
+                python -m bench gpu                  does all of it work on this GPU, and how fast
 Where to fork   a shape is one line in ours.SHAPES, a contender one entry in a dict below.
 """
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,12 +20,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import ours, peers
+from bench import gpu, ours, peers
+from bench.report import ROOT, needed, ratio, report, table
 from plumbing.hub import keep_freed_memory
+from plumbing.run import peak_memory_gib
 from rollout import flat_batch
-from train import git, peak_memory_gib
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "bench" / "results"
 SLOTS = 64  # rows in flight on ragged work; four sequences for each
 COMMANDS = {}
 
@@ -50,42 +50,6 @@ def rounds_of(contenders, n, device):
     return seconds
 
 
-def ratio(theirs, mine):
-    """Median of the per-round ratios."""
-    return statistics.median(a / b for a, b in zip(theirs, mine))
-
-
-def table(headings, rows):
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def report(name, args, text, data):
-    """Print the table; write it and the data, with what they were measured on."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-                  if line.startswith("model name")), "") if sys.platform == "linux" else ""
-    device = torch.cuda.get_device_name(args.device) if args.device != "cpu" else (
-        f"{args.threads} threads of {os.cpu_count()} cores, {model or platform.processor()}")
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in needed(args.peers):
-        versions[package] = __import__(package).__version__
-    commit = git("describe", "--always", "--dirty")
-    used = f"python -m bench {' '.join(sys.argv[1:])}"
-    about = (f"{device}; {args.dtype}; " + ", ".join(f"{k} {v}" for k, v in versions.items())
-             + f"; commit {commit or 'unknown'}; `{used}`")
-    print(f"\n{text}\n\n{about}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.md").write_text(f"{text}\n\n{about}\n", encoding="utf-8")
-    (args.out / f"{name}.json").write_text(json.dumps(
-        {"device": device, "dtype": args.dtype, "versions": versions, "commit": commit,
-         "command": used, **data}, indent=1) + "\n", encoding="utf-8")
-
-
-def needed(peers_named):
-    """The packages of these peers."""
-    return ["transformers"] * bool(peers_named) + ["trl"] * ("trl" in peers_named)
-
-
 def in_a_fresh_process(args, contender, **more):
     """Seconds and memory of one contender alone, as its line of JSON says; None if out of memory.
     """
@@ -94,7 +58,7 @@ def in_a_fresh_process(args, contender, **more):
         "prompt_length", "rows", "temperature", "top_p", "compile", "trl_batch",
         "trl_cache")} | more
     done = subprocess.run([sys.executable, "-m", "bench", "alone", contender, json.dumps(flags)],
-                          capture_output=True, text=True, cwd=RESULTS.parent.parent)
+                          capture_output=True, text=True, cwd=ROOT)
     if done.returncode == -9 or "not enough memory" in done.stderr or "OutOfMem" in done.stderr:
         return None  # it does not fit on this machine
     if done.returncode:
@@ -320,6 +284,9 @@ def scale(args):
     report(f"scale-{args.shape}-{torch.device(args.device).type}", args, text, {"points": points})
 
 
+COMMANDS["gpu"] = gpu.accept
+
+
 # ------------------------------------------------------------------ one contender in its process
 
 def alone(contender, flags):
@@ -335,7 +302,7 @@ def alone(contender, flags):
 
         def loss(logp, chunk):
             return (weight[chunk] * logp).sum()
-        scored = {"head": lambda: model.completion_log_probs(batch, 0.8, loss),
+        scored = {"head": lambda: model.accumulate_gradients(batch, 0.8, loss),
                   "full_head": lambda: peers.full_logits(model, batch, 0.8, loss),
                   "trl_head": lambda: peers.trl_head(model, batch, 0.8, loss)}[contender]
         if contender == "trl_head":
@@ -374,7 +341,9 @@ def make_parser():
     add("command", choices=list(COMMANDS), help="; ".join(
         f"{name}: {function.__doc__.splitlines()[0]}" for name, function in COMMANDS.items()))
     add("--shape", choices=[name for name in ours.SHAPES if name != "head"], default="0.8m")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", default=None, help="cpu or cuda (cpu; of gpu: cuda)")
+    add("--quick", action="store_true", help="of gpu: every part, tiny, to see that all of it runs")
+    add("--limit-s", type=float, default=300, help="of gpu: seconds after which no part begins")
     add("--dtype", choices=["fp32", "tf32", "bf16"], default=None, help="fp32; on cuda bf16")
     add("--peers", default="", help="comma-separated: hf, trl; none by default")
     add("--rounds", type=int, default=5, help="measured, after one that is not")
@@ -398,9 +367,11 @@ def main(argv=None):
     keep_freed_memory()
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if args.command == "gpu" else "cpu")
     on_gpu = args.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
-        parser.error(f"--device is {args.device}, but torch finds no GPU here")
+        parser.error(f"--device is {args.device}, but torch finds no GPU here"
+                     + "; a dry run: --device cpu --quick" * (args.command == "gpu"))
     args.peers = [name for name in args.peers.split(",") if name]
     if unknown := set(args.peers) - {"hf", "trl"}:
         parser.error(f"--peers has {', '.join(sorted(unknown))}; expected hf, trl or both")
@@ -411,10 +382,10 @@ def main(argv=None):
             parser.error(f"--peers: there is no package {package} here; it comes with "
                          "pip install -r bench/requirements.txt")
     args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
-    for name, (cpu, gpu) in {"prompts": (8, 16), "group_size": (8, 4),
-                             "new_tokens": (64, 128)}.items():
+    for name, defaults in {"prompts": (8, 16), "group_size": (8, 4),
+                           "new_tokens": (64, 128)}.items():
         if getattr(args, name) is None:
-            setattr(args, name, gpu if on_gpu else cpu)
+            setattr(args, name, defaults[on_gpu])
     torch.set_num_threads(args.threads)
     COMMANDS[args.command](args)
 

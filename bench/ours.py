@@ -11,13 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import rollout
 import train
 from model import DTYPES, Qwen2
 from objectives import group_advantages
+from plumbing import engine
+from plumbing.engine import Sampler
 from plumbing.hub import checked_config
+from plumbing.run import clock, make_optimizer
 from plumbing.settings import make_parser
-from rollout import Sampler, generate
+from rollout import generate
 
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
@@ -55,13 +57,13 @@ def settings(**changed):
     """train.py's settings: the parser's defaults, two epochs of one optimizer step, and these."""
     s = SimpleNamespace(**vars(make_parser().parse_args([])))
     vars(s).update(epochs=2, minibatches=1, temperature=1.0, top_p=1.0, warmup_steps=0, steps=10**6,
-                   learning_rate=1e-6, seed=0, beta=0.0)
+                   learning_rate=1e-6, seed=0, beta=0.0, tokens_per_microbatch=8192)
     vars(s).update(changed)
     return s
 
 
 def make_run(model, s):
-    return SimpleNamespace(model=model, reference=None, optimizer=train.make_optimizer(model, s),
+    return SimpleNamespace(model=model, reference=None, optimizer=make_optimizer(model, s),
                            state={"optimizer_steps": 0, "skipped_steps": 0})
 
 
@@ -76,12 +78,12 @@ def sampling(run, prompts, s, lengths=None):
     arguments = (run.model, prompts, s.group_size, s.max_new_tokens, s.temperature, s.top_p, 0, 1)
     if lengths is None:
         return generate(*arguments, max_rows=s.rollout_rows)
-    Limited.lengths, rollout.Sampler = lengths, Limited
+    Limited.lengths, engine.Sampler = lengths, Limited
     try:
         result = generate(*arguments, max_rows=s.rollout_rows)
     finally:
-        rollout.Sampler = Sampler
-    assert [len(ids) for ids in result.completions] == lengths
+        engine.Sampler = Sampler
+    assert [len(ids) for group in result.completions for ids in group] == lengths
     return result
 
 
@@ -109,16 +111,16 @@ def ragged_lengths(n, seed=0):
 
 
 def updating(run, result, s, separate_old_pass=False):
-    """What train.one_step does between grading and metrics; optionally a pass for the old
-    log-probs alone, which one minibatch an epoch does not need."""
-    reward_PG = injected_rewards(len(result.prompts), result.group_size)
+    """What train.train does between grading and metrics; optionally a pass for the old log-probs
+    alone, which one minibatch an epoch does not need."""
+    reward_PG = injected_rewards(len(result.prompts), len(result.completions[0]))
     minibatches = train.lay_out(result, group_advantages(reward_PG, "std").float(), s,
                                 run.model.device)
     for micro in (micro for minibatch in minibatches for micro in minibatch):
         if separate_old_pass:
             micro.old_logp_M, _ = run.model.completion_log_probs(micro.batch, s.temperature,
                                                                  entropy=True)
-    train.update(run, minibatches, s)
+    train.update(run, minibatches, s, train.remember_old_policy(run, minibatches, s))
     return sum(len(micro.batch.ids_N) for minibatch in minibatches for micro in minibatch)
 
 
@@ -153,9 +155,9 @@ class LiveBytes(TorchDispatchMode):
 
 def timed(function, device):
     """(seconds until the device is done, what the function returned)."""
-    began = train.clock(str(device))
+    began = clock(str(device))
     value = function()
-    return train.clock(str(device)) - began, value
+    return clock(str(device)) - began, value
 
 
 def machine(device, dtype):

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from plumbing.hub import to_hub
-from train import clock
+from plumbing.run import clock
 
 
 def hf_model(ours):

@@ -151,7 +151,7 @@ class LocalJudge:
             numbers, ids, keys = zip(*fitting[start:start + self.batch])
             rollout = generate(self.model, ids, 1, REPLY_TOKENS, 0.7 if attempt else 0.0,
                                seed=attempt, prompt_keys=keys)
-            for i, read, written in zip(numbers, ids, rollout.completions):
+            for i, read, (written,) in zip(numbers, ids, rollout.completions):
                 reply = tokenizer.decode(written, skip_special_tokens=True)
                 yield i, reply, len(read), len(written), None
 

@@ -2,8 +2,8 @@
 
 What it does    trains every cell of cells.py with every seed, one process a core; each finished run
                 is a row of results.jsonl, and a row that is there is not run again. Then it prints
-                the tables, puts them into the README, and draws the figures, which takes seconds
-                (the last two not for another file of rows).
+                the tables, puts them in README.md and experiments/README.md and draws the figures,
+                which takes seconds. With another file of rows it only prints the tables.
 Not here        the cells (cells.py), a run (run.py), tables and figures (report.py).
 Run it alone    python -m experiments --draw      tables and figures of the recorded rows only
                 python -m experiments --results mine.jsonl    all of it again, into a new file
@@ -22,7 +22,7 @@ from experiments import replay, report, run
 from experiments.cells import EXPERIMENTS, seeds
 from plumbing.files import read_rows
 from plumbing.hub import keep_freed_memory
-from train import git
+from plumbing.run import git
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
@@ -96,7 +96,8 @@ def main():
         print(f"\n{name}\n\n{report.table(rows, name)}")
     print(f"\n{report.cost(rows)}")
     if args.results.resolve() == RESULTS:
-        report.write_readme(rows)
+        for page in (report.README, report.FRONT_PAGE):
+            report.write_readme(rows, page)
         report.draw_figures(rows)
 
 

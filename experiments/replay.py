@@ -8,7 +8,6 @@ What it does    `replay` trains with α = 0 and keeps every rollout; trains agai
 Not here        training itself (train.py), the settings (cells.py).
 Where to fork   `equal_run` is the rule; `trained` takes any flags.
 """
-import copy
 import time
 from unittest import mock
 
@@ -30,23 +29,22 @@ def settings_of(flags):
 def trained(flags, rollouts=None):
     """Train with these flags (a list): (its weights before and after, its rollouts, the share of
     optimizer steps whose gradient met the limit). rollouts: those of another run, to be trained on
-    instead of sampling; a list of (Rollout, rows)."""
+    instead of sampling."""
     made, weights, norms = [], [], []
-    sample_and_grade, update = train.sample_and_grade, train.update
+    sample, update = train.sample, train.update
 
-    def replayed(run, s, step, chosen):
-        made.append(rollouts[step - 1] if rollouts else sample_and_grade(run, s, step, chosen))
-        return copy.deepcopy(made[-1])  # a step writes into its rows
+    def replayed(run, args, step, chosen):
+        made.append(rollouts[step - 1] if rollouts else sample(run, args, step, chosen))
+        return made[-1]
 
-    def watched(run, minibatches, s):
+    def watched(run, minibatches, args, seen):
         if len(made) == 1:
             weights.append(flat(run.model))
-        seen = update(run, minibatches, s)
+        update(run, minibatches, args, seen)
         norms.extend(seen.norms)
-        if len(made) == (s.stop_after or s.steps):
+        if len(made) == (args.stop_after or args.steps):
             weights.append(flat(run.model))
-        return seen
-    with aside(), mock.patch.multiple(train, sample_and_grade=replayed, update=watched):
+    with aside(), mock.patch.multiple(train, sample=replayed, update=watched):
         s, folder = settings_of(flags)
         train.train(s, folder)
     limited = [norm.item() > s.max_grad_norm for norm in norms]
@@ -98,15 +96,19 @@ def live(flags):
     """Where a run with α 0.1 first samples another token than one with α 0, counted from 1 (None
     where it never does), and the share of completions that are the same."""
     (_, zero, _), (_, tenth, _) = (trained([*flags, "--alpha", alpha]) for alpha in ("0", "0.1"))
-    same = [x == y for (a, _), (b, _) in zip(zero, tenth)
-            for x, y in zip(a.completions, b.completions)]
+    same = [x == y for pair in zip(zero, tenth) for x, y in zip(*map(completions, pair))]
     return {"first_difference": first_difference(zero, tenth), "same": sum(same) / len(same)}
+
+
+def completions(rollout):
+    """The completions of all groups, in one list."""
+    return [ids for group in rollout.completions for ids in group]
 
 
 def first_difference(rollouts, others):
     """(step, completion, token) where two runs' samples first differ, counted from 1; or None."""
-    for step, ((a, _), (b, _)) in enumerate(zip(rollouts, others), 1):
-        for c, (x, y) in enumerate(zip(a.completions, b.completions), 1):
+    for step, pair in enumerate(zip(rollouts, others), 1):
+        for c, (x, y) in enumerate(zip(*map(completions, pair)), 1):
             for t in range(max(len(x), len(y))):
                 if x[t:t + 1] != y[t:t + 1]:
                     return step, c, t + 1

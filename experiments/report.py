@@ -1,7 +1,8 @@
-"""What the recorded rows say: the README's tables, rewritten in place, and its figures.
+"""What the recorded rows say: tables, rewritten in place in two pages, and figures.
 
 What it does    turns rows of results.jsonl into Markdown tables and figures. A number is a mean
                 over seeds ± their standard deviation [95 % interval of the mean, Student's t].
+                The tables stand in experiments/README.md; a short one stands in README.md.
 Not here        making rows (run.py), intervals (evaluation/intervals.py).
 Where to fork   a column is a line of TABLES; a figure a function.
 """
@@ -12,7 +13,10 @@ from pathlib import Path
 from evaluation.intervals import over_seeds, sign_flips
 from experiments.cells import AGES, ALPHAS, EPOCHS, EXPERIMENTS, FIFTH, FOUR, RATE, TIMES, seeds
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+FRONT_PAGE = HERE.parent / "README.md"
+FOLDER = HERE.parent / "figures"
 
 
 def on_the_way(row):
@@ -234,27 +238,51 @@ OTHERS = [("mild", "pspo α 0.1", "noclip, one pass"), ("mild", "pspo α 0.1", "
           ("stress", "log_pspo α 0.5", "cispo r ≤ 2"), ("stress", "log_pspo α 0.5", "scopic τ 4")]
 
 
+# PSPO against its control and against the clip, on the front page: experiment, rest of the label
+SHORT = [("stale", " | 0 | 1"), ("stale", " | 0 | 10"), ("stress", ""),
+         ("stale", " | 8 | 1"), ("stale", " | 8 | 3"), ("stale", " | 8 | 10")]
+
+
+def regime(name, label):
+    """A regime in words, told by the flags of one of its cells: "2 epochs, × 1, 8 steps ago"."""
+    flags = EXPERIMENTS[name][label].split()
+    given = {key: value for key, value in zip(flags, flags[1:]) if key.startswith("--")}
+    epochs, times = int(given["--epochs"]), float(given["--learning-rate"]) / RATE
+    words = f"{epochs} epoch{'s' * (epochs > 1)}, × {times:g}"
+    words += f", {given['--stale']} steps ago" if "--stale" in given else ""
+    return words + ", noise" * ("--noise" in given)
+
+
 def pair_table(rows, of):
-    """Two arms against each other, in regimes that are told by their flags."""
+    """Two arms against each other, in several regimes."""
     lines = []
     for name, first, second in of:
-        flags = EXPERIMENTS[name][first].split()
-        given = {key: value for key, value in zip(flags, flags[1:]) if key.startswith("--")}
-        epochs, times = int(given["--epochs"]), float(given["--learning-rate"]) / RATE
-        regime = f"{epochs} epoch{'s' * (epochs > 1)}, × {times:g}"
-        regime += f", {given['--stale']} steps ago" if "--stale" in given else ""
-        regime += ", noise" if "--noise" in given else ""
         pairs = [[values(rows, name, arm, key) for arm in (first, second)]
                  for _, key, *_ in COMPARED]
-        lines.append([regime, first.split(" | ")[0], second.split(" | ")[0],
+        lines.append([regime(name, first), first.split(" | ")[0], second.split(" | ")[0],
                       min(len(x.keys() & y.keys()) for x, y in pairs),
                       *(difference(x, y) for x, y in pairs)])
     return markdown(["regime", "first", "second", "seeds", "accuracy of the first above the second "
                      "(points)", "on the way (points)"], lines)
 
 
+def short_table(rows):
+    """PSPO with α 0.1 against its control and against the clip, at the end and on the way."""
+    header = ["regime", "seeds", *(f"{when}: above the {other}" for when in (
+        "at the end", "on the way") for other in ("control", "clip"))]
+    lines = []
+    for name, rest in SHORT:
+        arms = [f"{arm}{rest}" for arm in ("pspo α 0.1", "noclip (α 0)", "clip ε 0.2")]
+        line = [regime(name, arms[0]), len(values(rows, name, arms[0]))]
+        for _, key, *_ in COMPARED:
+            pspo, *others = (values(rows, name, arm, key) for arm in arms)
+            line += [difference(pspo, other) for other in others]
+        lines.append(line)
+    return markdown(header, lines)
+
+
 OWN_TABLES = {"null": lambda rows: pair_table(rows, NULL),
-              "pairs": lambda rows: pair_table(rows, OTHERS),
+              "pairs": lambda rows: pair_table(rows, OTHERS), "short": short_table,
               "rounding": rounding_table, "replay": replay_table, "live": live_table,
               "rates": rate_table, "cost": cost}
 
@@ -362,7 +390,7 @@ def draw_reuse(rows, plt):
 FIGURES = {"arms": draw_arms, "reuse": draw_reuse, "stale": draw_stale, "replay": draw_replay}
 
 
-def draw_figures(rows, folder=README.parent / "figures"):
+def draw_figures(rows, folder=FOLDER):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+import plumbing.run
 import train
 from evaluate import answer_problems, summarise
 from experiments.cells import BASE, FIFTH
@@ -28,9 +29,11 @@ from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss
 from plumbing.checkpoint import checkpoints
 from plumbing.files import read_rows
+from plumbing.problems import TINY, prompt_order
+from plumbing.run import exact_log_probs
 from plumbing.settings import read_settings
 from rewards import load_problems
-from train import old_log_probs
+from train import remember_old_policy
 
 LAST = 10  # steps at the end of a run whose metrics are averaged
 MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entropy", "length_mean",
@@ -58,7 +61,7 @@ def aside():
     here, quiet = os.getcwd(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), \
             contextlib.redirect_stderr(quiet), \
-            mock.patch.object(train, "draw_curves", lambda folder: None):
+            mock.patch.object(plumbing.run, "draw_curves", lambda folder: None):
         os.chdir(folder)
         try:
             yield
@@ -69,25 +72,25 @@ def aside():
 # ------------------------------------------------------------------ what takes train.py's place
 
 def stale(steps):
-    """`sample_and_grade`, but what a step trains on was sampled so many steps before it (by the
-    start model at first)."""
-    fresh, waiting = train.sample_and_grade, []
+    """`sample`, but what a step trains on was sampled so many steps before it (by the start model
+    at first)."""
+    fresh, waiting = train.sample, []
 
-    def sample_and_grade(run, s, step, chosen):
+    def sample(run, args, step, chosen):
         first = 1 if step == 1 else step + steps  # step 1 also samples those of the next steps
         for ahead in range(first, step + steps + 1):
-            chosen = train.prompt_order(len(run.problems), s.prompts_per_step, ahead, s.seed)
-            waiting.append(fresh(run, s, ahead, chosen))
+            chosen = prompt_order(len(run.problems), args.prompts_per_step, ahead, args.seed)
+            waiting.append(fresh(run, args, ahead, chosen))
         return waiting.pop(0)
-    return sample_and_grade
+    return sample
 
 
-def old_log_probs_as_sampled(run, minibatches, s):
-    """`old_log_probs` where the model has moved on since: those the sampler noted."""
-    entropies = old_log_probs(run, minibatches, s)
+def old_policy_as_sampled(run, minibatches, args):
+    """`remember_old_policy` where the model has moved on since: the log-probs the sampler noted."""
+    seen = remember_old_policy(run, minibatches, args)
     for micro in (micro for minibatch in minibatches for micro in minibatch):
         micro.old_logp_M = micro.sampler_logp_M
-    return entropies
+    return seen
 
 
 def noisy(sd, generator):
@@ -104,22 +107,22 @@ def watched(update, sd, generator, found):
     """`update`, which every so many steps, after its last optimizer step, also computes the new
     ratios exactly, in fp32 and without noise; appends to `found` what clips at 0.1 and 0.2 would
     take of both."""
-    def watched_update(run, minibatches, s):
+    def watched_update(run, minibatches, args, seen):
         micros = [micro for minibatch in minibatches for micro in minibatch]
         if (run.step + 1) % WATCHED or not micros:
-            return update(run, minibatches, s)
+            update(run, minibatches, args, seen)
+            return
 
         def exact():
-            return torch.cat([train.exact_log_probs(run.model, m, s.temperature) for m in micros])
+            return torch.cat([exact_log_probs(run.model, m, args.temperature) for m in micros])
         before_M = exact()
-        seen = update(run, minibatches, s)
+        update(run, minibatches, args, seen)
         exact_M = exact() - before_M
-        rounded_M = torch.cat([run.model.completion_log_probs(m.batch, s.temperature)[0]
+        rounded_M = torch.cat([run.model.completion_log_probs(m.batch, args.temperature)[0]
                                - m.old_logp_M for m in micros])
         rounded_M += sd * torch.randn(rounded_M.shape, generator=generator)
         found.append(noise_metrics(exact_M, rounded_M, torch.cat([m.advantage_M for m in micros]),
                                    torch.cat([m.weight_M for m in micros])))
-        return seen
     return watched_update
 
 
@@ -179,7 +182,7 @@ def noise_metrics(exact_M, rounded_M, advantage_M, weight_M):
 
 def write_hopeless():
     """hopeless.jsonl: the embedded training problems with a gold that no completion gives."""
-    lines = (train.HERE / "tiny" / "train.jsonl").read_text().splitlines()
+    lines = (TINY / "train.jsonl").read_text().splitlines()
     Path("hopeless.jsonl").write_text("".join(
         json.dumps({"question": json.loads(line)["question"], "answer": f"#### {NEVER}"}) + "\n"
         for line in lines))
@@ -200,8 +203,8 @@ def run_cell(cell):
         changed, generator = {}, torch.Generator().manual_seed(s.seed)
         total = Counter()
         if special.stale:
-            changed["sample_and_grade"] = stale(special.stale)
-            changed["old_log_probs"] = old_log_probs_as_sampled
+            changed["sample"] = stale(special.stale)
+            changed["remember_old_policy"] = old_policy_as_sampled
         if special.noise:
             changed["policy_loss"] = noisy(special.noise, generator)
         if special.noise or s.dtype == "bf16":

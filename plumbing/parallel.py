@@ -122,6 +122,13 @@ def unsharded(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@torch.no_grad()
+def refresh(policy, model):
+    """Copy a sharded model's weights into the whole copy that samples."""
+    for mine, sharded in zip(policy.parameters(), model.parameters(), strict=True):
+        mine.copy_(unsharded(sharded))
+
+
 def collect(state):
     """A sharded state dict with whole tensors on the CPU of process 0; other processes get empty
     tensors. A state dict that is not sharded stays as it is."""

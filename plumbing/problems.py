@@ -8,6 +8,7 @@ Run it alone    python -m plumbing.problems [SET or FILE …]     how many, and 
 Where to fork   a new data set is one line in `SETS`.
 """
 import os
+import random
 import re
 import sys
 from pathlib import Path
@@ -156,6 +157,42 @@ def file_rows(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     return ((f"line {n}", row) for n, row in numbered_rows(path))
+
+
+# ------------------------------------------------------------------ the problems of a run
+
+def split_problems(args):
+    """(training, validation, test) problems, none in two of them.
+
+    A set without a validation split gives some of its training problems, the same for every seed;
+    a file, which has no splits, gives the test problems too.
+    """
+    train, test, source = load_problems(args.data, "train"), [], SETS.get(name_of(args.data))
+    if source and "validation" in source.splits:
+        validation = load_problems(args.data, "validation")[:args.validation_problems]
+    else:
+        random.Random("validation").shuffle(train)
+        validation, train = train[:args.validation_problems], train[args.validation_problems:]
+    if not source:  # `train` writes them to test.jsonl, for evaluate.py
+        test, train = train[:args.test_problems], train[args.test_problems:]
+    elif args.test_problems:
+        test = load_problems(args.data, "test")[:args.test_problems]
+    if len(train) < args.prompts_per_step:
+        raise ValueError(f"{args.data} leaves {len(train)} training problems beside "
+                         f"--validation-problems {args.validation_problems} and --test-problems "
+                         f"{args.test_problems}; --prompts-per-step {args.prompts_per_step} needs "
+                         "that many: lower these three, or give more problems")
+    return train, validation, test
+
+
+def prompt_order(n_problems, n, step, seed):
+    """The problems of step 1, 2, …: each pass a new seeded shuffle, what does not fill a step left
+    out. A list of n indices."""
+    steps_per_pass = n_problems // n
+    order = list(range(n_problems))
+    random.Random(f"{seed}/{(step - 1) // steps_per_pass}").shuffle(order)
+    start = (step - 1) % steps_per_pass * n
+    return order[start:start + n]
 
 
 if __name__ == "__main__":

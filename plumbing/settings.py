@@ -23,7 +23,6 @@ from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from plumbing import parallel
 from plumbing.files import read_json
 from rewards import MODES
-from rollout import check_sampling
 
 # The defaults in `make_parser` are the published recipe for Qwen2.5-0.5B and -1.5B, and of any
 # model without a preset; the authors' other arms are in the README. The embedded model's settings
@@ -89,7 +88,8 @@ def make_parser():
     add("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32",
         help="of the computation; weights and gradients stay fp32")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--tokens-per-microbatch", type=int, default=8192, help="flat tokens per forward/backward")
+    add("--tokens-per-microbatch", type=int, default=None if on_gpu else 8192,
+        help="flat tokens per forward/backward; on CUDA what free memory holds")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="updates some 5 to 15 %% faster after ten seconds")
     add("--fsdp", action="store_true", help="shard weights and optimizer over torchrun's processes")
@@ -188,7 +188,7 @@ def check_settings(parser, s, given):
     for key in ("prompts_per_step", "epochs", "minibatches", "steps", "threads", "validate_every",
                 "validation_problems", "validation_samples", "checkpoint_every", "keep",
                 "tokens_per_microbatch"):
-        if getattr(s, key) < 1:
+        if getattr(s, key) is not None and getattr(s, key) < 1:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 1 or more")
     if s.prompts_per_step % s.minibatches:
         parser.error(f"--minibatches {s.minibatches} does not divide --prompts-per-step "
@@ -213,6 +213,23 @@ def check_settings(parser, s, given):
         if not 0 <= getattr(s, key) < math.inf:
             parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more, "
                          "finite")
+
+
+def check_sampling(parser, args):
+    """Refuse sampling settings and devices that mean nothing, with the parser's one-line error."""
+    for temperature in args.temperature if type(args.temperature) is list else [args.temperature]:
+        if not 0 <= temperature < float("inf"):
+            parser.error(f"--temperature is {temperature}; expected 0 (greedy) or more")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p is {args.top_p}; expected a value in (0, 1]")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is {args.seed}; expected 0 to 2⁶³ − 1")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if args.device not in ["cpu", *gpus, *(["cuda"] if gpus else [])]:
+        parser.error(f"--device is {args.device}; expected cpu, or cuda where torch finds a GPU "
+                     f"(it finds {torch.cuda.device_count()})")
 
 
 def chosen_objective(s):

@@ -20,6 +20,14 @@ def as_on_cuda(monkeypatch):
     make_cpu_like_cuda(monkeypatch)
 
 
+@pytest.fixture(params=["cpu", "as_on_cuda"])
+def machine(request):
+    """Runs a test twice; `python -m pytest -k as_on_cuda` picks all that run as on CUDA."""
+    if request.param == "as_on_cuda":
+        request.getfixturevalue("as_on_cuda")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """Environment for subprocesses whose hub is a local server with models of two layers.

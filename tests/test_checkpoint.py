@@ -187,8 +187,8 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import transformers, matplotlib.pyplot, train
 begin = train.begin
-def limited(s, folder):
-    run = begin(s, folder)
+def limited(*arguments):
+    run = begin(*arguments)
     size = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]) * 2**20,) * 2)
     return run

@@ -5,8 +5,9 @@ from test_model import SHAPES, random_batch, theirs
 from test_train import metrics, run, updated
 
 import train
-from model import Qwen2
-from rollout import LENGTH_STEP, Sampler, SharedPromptAttention, flat_batch, generate
+from model import Qwen2, SharedPromptAttention
+from plumbing.engine import LENGTH_STEP, Sampler
+from rollout import flat_batch, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -40,9 +41,9 @@ def test_cached_decoding_equals_teacher_forcing(folder, dtype, limit):
     model = Qwen2.from_pretrained(folder, "cuda", dtype)
     prompts = random_batch()[0]
     result = generate(model, prompts, 8, 40, 0.8, 0.9, seed=1)
-    groups = [result.completions[i:i + 8] for i in range(0, len(result.completions), 8)]
-    scored, _ = model.completion_log_probs(flat_batch(prompts, groups, "cuda"), 0.8)
-    sampled = torch.tensor([x for row in result.logps for x in row], device="cuda")
+    scored, _ = model.completion_log_probs(flat_batch(prompts, result.completions, "cuda"), 0.8)
+    sampled = torch.tensor([x for group in result.logps for row in group for x in row],
+                           device="cuda")
     gap = (scored - sampled).abs()
     print(f"{dtype}: sampler-trainer gap mean {gap.mean().item():.1e}, max {gap.max().item():.1e}")
     assert gap.mean() < limit / 10 and gap.max() < limit
@@ -81,7 +82,7 @@ def test_captured_steps_equal_plain_ones(folder, monkeypatch, top_p):
     monkeypatch.setattr(Sampler, "step_or_replay", lambda self, n_own: self.step(
         min(-(-n_own // LENGTH_STEP) * LENGTH_STEP, self.T)))
     for one, two in zip(expected, rollouts(plain), strict=True):
-        same = [a == b for a, b in zip(one.completions, two.completions)]
+        same = [a == b for a, b in zip(sum(one.completions, []), sum(two.completions, []))]
         print(f"top-p {top_p}: {sum(same)} of {len(same)} completions equal")
         assert sum(same) > 0.9 * len(same)  # sums over a single row are not deterministic there
 
@@ -116,7 +117,7 @@ def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(
         completions = [torch.randint(97, (n,), generator=g).tolist() for _ in range(4)]
         batch = flat_batch([completions[0][:28]], [completions], "cuda")
         model.zero_grad()
-        model.completion_log_probs(batch, 1.0, lambda logp, chunk: logp.mean())
+        model.accumulate_gradients(batch, 1.0, lambda logp, chunk: logp.mean())
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -27,6 +27,7 @@ from experiments.replay import (
     trained,
 )
 from model import Qwen2
+from plumbing import problems
 from plumbing.files import read_rows
 from plumbing.settings import read_settings
 
@@ -152,7 +153,7 @@ def test_stale_rollouts_are_those_of_the_model_so_many_steps_ago(monkeypatch):
     def sample(run, s, step, chosen):
         seen.append((step, run.step, chosen))
         return step
-    monkeypatch.setattr(train, "sample_and_grade", sample)
+    monkeypatch.setattr(train, "sample", sample)
     s = SimpleNamespace(prompts_per_step=2, seed=0)
     run = SimpleNamespace(problems=range(100), step=0)
     stale = runs.stale(3)
@@ -164,7 +165,7 @@ def test_stale_rollouts_are_those_of_the_model_so_many_steps_ago(monkeypatch):
     # rollouts 1 to 4 are of the start model, 5 of the model after step 1, and so on
     assert [(n, model) for n, model, _ in seen] == [
         (1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 3), (8, 4)]
-    assert [chosen for *_, chosen in seen] == [train.prompt_order(100, 2, n, 0)
+    assert [chosen for *_, chosen in seen] == [problems.prompt_order(100, 2, n, 0)
                                                for n in range(1, 9)]
 
 
@@ -533,14 +534,30 @@ def test_the_figure_of_stale_rollouts_shows_means_at_their_steps():
     plt.close(figure)
 
 
-def test_the_readme_holds_the_tables_of_the_recorded_rows(tmp_path):
-    rows = entry.recorded(entry.RESULTS)
-    copy = tmp_path / "README.md"
-    copy.write_text(report.README.read_text())
-    report.write_readme(rows, copy)
-    assert copy.read_text() == report.README.read_text()
+def test_the_pages_hold_the_tables_of_the_recorded_rows(tmp_path):
+    rows, written = entry.recorded(entry.RESULTS), ""
+    for page in (report.README, report.FRONT_PAGE):
+        copy = tmp_path / "README.md"
+        copy.write_text(page.read_text())
+        report.write_readme(rows, copy)
+        assert copy.read_text() == page.read_text(), page
+        written += copy.read_text()
     for name in report.TABLES.keys() | report.OWN_TABLES.keys():
-        assert f"<!-- table: {name} -->" in copy.read_text(), name
+        assert f"<!-- table: {name} -->" in written, name
+
+
+def test_the_short_table_says_the_same_as_the_long_ones():
+    rows = entry.recorded(entry.RESULTS)
+    short, null = ({line.split(" | ")[0]: line.split(" | ")[1:]
+                    for line in report.OWN_TABLES[name](rows).splitlines()[2:]}
+                   for name in ("short", "null"))
+    assert len(short) == len(report.SHORT)
+    for regime, (n, end, _, on_the_way, _) in short.items():
+        assert [n, end, on_the_way + " |"] == null[regime][2:], regime
+    mild = report.table(rows, "mild").splitlines()
+    (line,) = (line.split(" | ") for line in mild if line.startswith("| pspo α 0.1 |"))
+    assert [short["| 2 epochs, × 1"][2], short["| 2 epochs, × 1"][4]] == [line[3], line[5] + " |"]
+
 
 
 def test_every_recorded_row_is_of_a_cell_and_every_cell_has_its_seeds():

@@ -334,8 +334,8 @@ def test_a_local_judge_that_says_json_is_believed(monkeypatch, tmp_path):
 
     def generate(model, prompts, *_, **__):
         from rollout import Rollout
-        return Rollout(prompts, [ids for _ in prompts], [[0.0] * len(ids)] * len(prompts),
-                       [True] * len(prompts), 1, 0.1)
+        return Rollout(prompts, [[ids] for _ in prompts], [[[0.0] * len(ids)]] * len(prompts),
+                       [[True]] * len(prompts), 0.1)
     monkeypatch.setattr("rollout.generate", generate)
     questions = [p.question for p in load_problems("tiny")[:3]]
     with torch.inference_mode():

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as model_module
-from model import Qwen2
+from model import Qwen2, SharedPromptAttention
 from objectives import noclip, policy_loss
 from plumbing import hub
 from plumbing.hub import TINY, to_hub
-from rollout import SharedPromptAttention, flat_batch
+from rollout import flat_batch
 
 SHAPES = [  # width, heads, K/V heads, MLP, layers, tied
     (14 * 8, 14, 2, 200, 2, True), (14 * 8, 14, 2, 200, 2, False), (64, 4, 4, 96, 3, False),
@@ -77,13 +77,11 @@ def test_logits_equal_transformers(pair):
     assert difference < 1e-5
 
 
-@pytest.mark.parametrize("machine", ["cpu", "as_on_cuda"])
 @pytest.mark.parametrize("head_bytes", [2**29, 4 * 97 * 6], ids=["one chunk", "many chunks"])
-def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, machine, request,
+def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, machine,
                                                               monkeypatch):
-    if machine == "as_on_cuda":
-        request.getfixturevalue(machine)
-    monkeypatch.setitem(model_module.HEAD_BYTES, "cpu", head_bytes)  # 6 tokens: three chunks
+    for device in ("cpu", "cuda"):  # 6 tokens: three chunks
+        monkeypatch.setitem(model_module.HEAD_BYTES, device, head_bytes)
     ours, network = pair
     prompts, completions = random_batch()
     batch = flat_batch(prompts, completions)
@@ -96,7 +94,7 @@ def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, 
         return policy_loss(logp, old[chunk], advantage[chunk], weight[chunk],
                            batch.sequence_M[chunk], noclip)[0]
     ours.zero_grad()
-    logp, _ = ours.completion_log_probs(batch, 0.7, loss)
+    logp, _ = ours.accumulate_gradients(batch, 0.7, loss)
     network.zero_grad()
     expected = their_logps(network, prompts, completions, 0.7)
     loss(expected, slice(0, n)).backward()
@@ -116,7 +114,7 @@ def test_compiled_layers_give_the_same_gradient():
                for f in (block.before, block.after))
     batch = flat_batch(*random_batch())
     for model in (plain, compiled):
-        model.completion_log_probs(batch, 0.7, lambda logp, chunk: logp.square().sum())
+        model.accumulate_gradients(batch, 0.7, lambda logp, chunk: logp.square().sum())
     for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
         assert (p.grad - q.grad).norm() / p.grad.norm() < 1e-5, name
 
@@ -129,7 +127,7 @@ def test_checkpointing_activations_changes_no_gradient(pair):
         ours.checkpoint_activations))
     for ours.checkpoint_activations in (False, True):
         ours.zero_grad()
-        ours.completion_log_probs(batch, 0.7, lambda logp, chunk: logp.square().sum())
+        ours.accumulate_gradients(batch, 0.7, lambda logp, chunk: logp.square().sum())
         gradients.append([p.grad.clone() for p in ours.parameters()])
     ours.checkpoint_activations = False
     hook.remove()

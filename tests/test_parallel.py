@@ -105,14 +105,14 @@ for equal in ([], [0], [1], [0, 1], [2, 3], [0, 2], [0, 1, 2, 3]):
     rollout, advantage_PG = made_up_rollout()  # four groups, so two a minibatch
     advantage_PG[equal] = 0.0
     if 1 in equal:  # and completions of one token
-        rollout.completions[4:8] = [ids[:1] for ids in rollout.completions[4:8]]
-        rollout.logps[4:8] = [x[:1] for x in rollout.logps[4:8]]
+        rollout.completions[1] = [ids[:1] for ids in rollout.completions[1]]
+        rollout.logps[1] = [x[:1] for x in rollout.logps[1]]
     run = SimpleNamespace(model=model, policy=policy, reference=None, state=dict(optimizer_steps=0,
                           skipped_steps=0), optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
-    train.old_log_probs(run, minibatches, s)
-    seen = train.update(run, minibatches, s)
-    train.update_metrics(seen, minibatches, s)
+    seen = train.remember_old_policy(run, minibatches, s)
+    train.update(run, minibatches, s, seen)
+    train.update_metrics(run, minibatches, s, seen, dict(score_s=1, update_s=1))
     results.append((run.state, [p.detach().clone() for p in policy.parameters()]))
 torch.save(results, f"{{parallel.n_processes()}}-{{parallel.rank()}}.pt")
 parallel.stop()

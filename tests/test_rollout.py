@@ -8,7 +8,8 @@ from test_model import SHAPES, random_batch, theirs
 import rollout
 from model import Qwen2
 from objectives import noclip, policy_loss
-from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, uniform
+from plumbing import engine
+from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, sample_slowly, uniform
 
 FALSE_ALARM = 1e-6  # chance that a chi-square test below fails though the sampler is right
 
@@ -30,28 +31,28 @@ def some_prompts():
     return [torch.randint(97, (n,), generator=g).tolist() for n in (7, 12, 3)]
 
 
-def groups(result):
-    G = result.group_size
-    return [result.completions[i:i + G] for i in range(0, len(result.completions), G)]
+def flat(nested):
+    """One list over all groups."""
+    return [x for group in nested for x in group]
 
 
 # ---------------------------------------------------------------- decoding
 
-def test_greedy_text_equals_transformers(model, network):
-    for prompt, ours in zip(some_prompts(), generate(model, some_prompts(), 1, 40, 0.0).completions,
-                            strict=True):
+def test_greedy_text_equals_transformers(model, network, machine):
+    result = generate(model, some_prompts(), 1, 40, 0.0)
+    for prompt, (ours,) in zip(some_prompts(), result.completions, strict=True):
         output = network.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
         assert ours == output[0, len(prompt):].tolist()
 
 
-def test_cached_decoding_equals_teacher_forcing(model):
+def test_cached_decoding_equals_teacher_forcing(model, machine):
     # The sampler's log-probs come from the cache, one token at a time, while rows finish and are
     # dropped; the scored ones from one pass over the finished text.
     result = generate(model, some_prompts(), 6, 40, 0.8, seed=4)
-    lengths = [len(c) for c in result.completions]
+    lengths = [len(c) for c in flat(result.completions)]
     assert len(set(lengths)) > 3, "rows should finish at different times for this to mean anything"
-    scored, _ = model.completion_log_probs(flat_batch(result.prompts, groups(result)), 0.8)
-    sampled = torch.tensor([x for row in result.logps for x in row])
+    scored, _ = model.completion_log_probs(flat_batch(result.prompts, result.completions), 0.8)
+    sampled = torch.tensor([x for row in flat(result.logps) for x in row])
     gap = (scored - sampled).abs().max().item()
     print(f"largest gap between cached and whole: {gap:.1e} nats")
     assert gap < 2e-5
@@ -84,34 +85,45 @@ def slow_generate(network, prompt, temperature, top_p, counters, stop_ids, max_n
 
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.6])
 @pytest.mark.parametrize("max_rows", [256, 4, 5], ids=["one wave", "one group at a time", "refill"])
-def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_rows):
+def test_sampling_equals_the_slow_and_obvious_way(model, network, top_p, max_rows, machine):
     prompts = [*some_prompts(), [9], *some_prompts()[:2]]  # one prompt of a single token
     keys = [3, 1, 4, 15, 9, 2]
     result = generate(model, prompts, 4, 24, 1.2, top_p, 11, 5, keys, max_rows)
-    assert len({len(ids) for ids in result.completions}) > 3
-    for b, (ids, logps) in enumerate(zip(result.completions, result.logps, strict=True)):
+    assert len({len(ids) for ids in flat(result.completions)}) > 3
+    finished = flat(result.finished)
+    for b, (ids, logps) in enumerate(zip(flat(result.completions), flat(result.logps),
+                                         strict=True)):
         slow_ids, slow_logps = slow_generate(network, prompts[b // 4], 1.2, top_p,
                                              (11, 5, keys[b // 4], b % 4), model.stop_ids, 24)
         assert ids == slow_ids and logps == pytest.approx(slow_logps, abs=2e-5)
-        assert result.finished[b] == (slow_ids[-1] in model.stop_ids)
+        assert finished[b] == (slow_ids[-1] in model.stop_ids)
 
 
-def test_waves_and_company_change_no_text(model):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.8, 0.9), (1.2, 0.5), (0.0, 1.0)])
+def test_the_fast_sampler_gives_what_the_slow_one_defines(model, machine, temperature, top_p):
+    work = (model, some_prompts(), 3, 20, temperature, top_p, 4, 1, [7, 8, 2])
+    fast, slow = generate(*work, max_rows=4), sample_slowly(*work)
+    assert (fast.completions, fast.finished) == (slow.completions, slow.finished)
+    for one, two in zip(flat(fast.logps), flat(slow.logps), strict=True):
+        assert one == pytest.approx(two, abs=2e-5)
+
+
+def test_waves_and_company_change_no_text(model, machine):
     # A row's draws are keyed by (seed, step, prompt, sample, position), not by where it runs.
     prompts = some_prompts()
     together = generate(model, prompts, 4, 30, 1.0, seed=6)
     waves = generate(model, prompts, 4, 30, 1.0, seed=6, max_rows=4)
     alone = generate(model, prompts[1:2], 4, 30, 1.0, seed=6, prompt_keys=[1])
     assert waves.completions == together.completions
-    assert alone.completions == together.completions[4:8]
+    assert alone.completions == together.completions[1:2]
     for other in (dict(seed=7), dict(seed=6, step=1), dict(seed=6, prompt_keys=[5, 6, 7])):
         assert generate(model, prompts, 4, 30, 1.0, **other).completions != together.completions
 
 
-def test_completions_end_with_their_first_stop_token_or_at_the_limit(model):
+def test_completions_end_with_their_first_stop_token_or_at_the_limit(model, machine):
     result = generate(model, some_prompts(), 8, 30, 1.2, seed=8)
-    assert any(result.finished) and not all(result.finished)
-    for ids, finished in zip(result.completions, result.finished):
+    assert any(flat(result.finished)) and not all(flat(result.finished))
+    for ids, finished in zip(flat(result.completions), flat(result.finished)):
         stops = [t for t, i in enumerate(ids) if i in model.stop_ids]
         assert stops == ([len(ids) - 1] if finished else [])
         assert finished or len(ids) == 30
@@ -127,16 +139,16 @@ def test_finished_rows_leave_the_computation(model, monkeypatch):
     monkeypatch.setattr(Qwen2, "forward", counted)
     monkeypatch.setattr(model, "stop_ids", [3, 4, 5, 6, 7])  # lengths of about 97 / 5 tokens
     result = generate(model, some_prompts(), 8, 60, 1.2, seed=8)
-    lengths = [len(c) for c in result.completions]
+    lengths = [len(c) for c in flat(result.completions)]
     assert rows.pop(0) == sum(map(len, some_prompts()))  # prompts once, not once a sample
     for t, n in enumerate(rows):  # what runs at step t, rounded up to a size, a few steps late
-        running = sum(length > t - t % rollout.LOOK_EVERY for length in lengths)
-        assert n == min(rollout.size_for(running), len(lengths))
+        running = sum(length > t - t % engine.LOOK_EVERY for length in lengths)
+        assert n == min(engine.size_for(running), len(lengths))
     assert sum(rows) < 0.8 * len(lengths) * max(lengths)
 
 
 def test_sizes_are_two_to_a_doubling():
-    assert [rollout.size_for(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12,
+    assert [engine.size_for(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12,
                                                            16, 16, 16, 16, 24]
 
 
@@ -145,14 +157,14 @@ def test_places_of_ended_rows_are_refilled(model, monkeypatch):
     forward = Qwen2.forward
 
     def counted(self, ids_N, positions_N, attend):
-        if isinstance(attend, rollout.CachedAttention):
+        if isinstance(attend, engine.CachedAttention):
             rows.append(len(ids_N))
         return forward(self, ids_N, positions_N, attend)
     monkeypatch.setattr(Qwen2, "forward", counted)
     monkeypatch.setattr(model, "stop_ids", [3, 4, 5, 6, 7])  # lengths of about 97 / 5 tokens
     prompts = some_prompts() * 8
     result = generate(model, prompts, 4, 60, 1.2, seed=8, max_rows=16)
-    lengths = [len(c) for c in result.completions]
+    lengths = [len(c) for c in flat(result.completions)]
     waves = sum(max(lengths[i:i + 16]) * 16 for i in range(0, len(lengths), 16))
     assert max(rows) == 16
     assert sum(lengths) / sum(rows) > 0.7 > 0.5 > sum(lengths) / waves
@@ -290,7 +302,7 @@ def test_flat_batch_by_hand():
     assert batch.chunks(1) == [slice(0, 2), slice(2, 3), slice(3, 4)]  # a completion stays whole
 
 
-def test_group_shared_scoring_equals_separate_scoring_gradients_included(model):
+def test_group_shared_scoring_equals_separate_scoring_gradients_included(model, machine):
     g = torch.Generator().manual_seed(9)
     prompt = torch.randint(97, (100 - 70,), generator=g).tolist()
     completions = [torch.randint(97, (n,), generator=g).tolist() for n in (30, 30, 11, 1, 25)]
@@ -304,7 +316,7 @@ def test_group_shared_scoring_equals_separate_scoring_gradients_included(model):
             weight = torch.full_like(logp, 1 / len(advantage))
             return policy_loss(logp, logp.detach(), advantage[chunk], weight,
                                batch.sequence_M[chunk], noclip)[0]
-        logp, _ = model.completion_log_probs(batch, 1.0, loss)
+        logp, _ = model.accumulate_gradients(batch, 1.0, loss)
         return logp, {name: p.grad.clone() for name, p in model.named_parameters()}
     shared_logp, shared = gradients([prompt], [completions])
     single_logp, single = gradients([prompt] * 5, [[c] for c in completions])
@@ -314,22 +326,22 @@ def test_group_shared_scoring_equals_separate_scoring_gradients_included(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pass_without_gradient_equals_one_with_it_bit_for_bit(model, dtype):
+def test_a_pass_without_gradient_equals_one_with_it_bit_for_bit(model, dtype, machine):
     prompts, completions = random_batch(seed=10)
     batch = flat_batch(prompts, completions)
     model.compute_dtype = dtype
     try:
         quiet, _ = model.completion_log_probs(batch, 0.8)
-        loud, _ = model.completion_log_probs(batch, 0.8, lambda logp, chunk: logp.sum())
+        loud, _ = model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
     finally:
         model.compute_dtype = torch.float32
     assert torch.equal(quiet, loud)
 
 
-def test_the_stop_token_is_trained_on_though_pad_equals_eos(model):
+def test_the_stop_token_is_trained_on_though_pad_equals_eos(model, machine):
     stop = model.stop_ids[0]
     batch = flat_batch([[1, 2]], [[[3, stop], [4, 6, stop]]])
     assert (batch.target_M == stop).sum() == 2
     model.zero_grad()
-    model.completion_log_probs(batch, 1.0, lambda logp, chunk: -logp[batch.target_M == stop].sum())
+    model.accumulate_gradients(batch, 1.0, lambda logp, chunk: -logp[batch.target_M == stop].sum())
     assert model.get_parameter("model.embed_tokens.weight").grad[stop].norm() > 0

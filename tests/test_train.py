@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import plumbing.run
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
-from plumbing import problems
+from plumbing import checkpoint, problems
 from plumbing.files import read_rows
 from rollout import Rollout
 
@@ -63,14 +64,14 @@ def assert_same_weights(one, two):
 
 # ---------------------------------------------------------------- whole runs
 
-def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys):
+def test_a_run_writes_what_it_promises_and_changes_the_weights(capsys, machine):
     run()
     folder = Path("runs/tiny-pspo-s0")
     assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl",
                                                   "curves.png", "checkpoints", "best", "test.json",
                                                   "test.jsonl", ".lock"}
     assert [row["step"] for row in metrics("tiny-pspo-s0")] == [0, 1, 2, 3, 4]
-    assert [p.name for p in train.checkpoints(folder)] == ["step_2", "step_4"]
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step_2", "step_4"]
     before, after = weights("tiny"), weights(folder / "checkpoints" / "step_4")
     assert all(not torch.equal(before[name], after[name]) for name in before)
     config = json.loads((folder / "config.json").read_text())
@@ -126,26 +127,37 @@ def test_objectives_tell_apart_only_after_the_first_optimizer_step():
     assert last["sampler_gap_p99"] < 1e-4
 
 
-def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
+def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch, as_on_cuda, capsys):
     s, folder = train.read_settings(["--alpha", "0.1"])
-    run = train.prepare(s, folder)
+    run = plumbing.run.prepare(s, folder)
     before, sizes = [p.clone() for p in run.model.parameters()], []
-    scored = Qwen2.completion_log_probs
+    trained = Qwen2.accumulate_gradients
 
     def watched(self, batch, *arguments):
         sizes.append(len(batch.ids_N))
-        return scored(self, batch, *arguments)
-    monkeypatch.setattr(Qwen2, "completion_log_probs", watched)
-    answer, answered = train.sample_answers, []
-    monkeypatch.setattr(train, "sample_answers", lambda model, problems, samples, *rest, **more: (
-        answered.append((len(problems), samples, more["max_rows"])),
-        answer(model, problems, samples, *rest, **more)))
-    train.try_largest_batch(run, s)
+        return trained(self, batch, *arguments)
+    monkeypatch.setattr(Qwen2, "accumulate_gradients", watched)
+    answer, answered = plumbing.run.sample_answers, []
+    monkeypatch.setattr(plumbing.run, "sample_answers",
+                        lambda model, problems, samples, *rest, **more: (
+                            answered.append((len(problems), samples, more["max_rows"])),
+                            answer(model, problems, samples, *rest, **more)))
+    plumbing.run.try_largest_batch(run, s)
     assert answered == [(100, 2, 256)]  # all that validation has in flight
-    longest = max(map(len, run.prompts))
-    assert sizes == 2 * [2 * (longest + 8 * 40)]  # a minibatch of 8 prompts in 4 parts
+    group = max(map(len, run.prompts)) + 8 * 40
+    assert sizes == [group, 2 * group]  # a minibatch of 8 prompts in 4 parts
     assert all(p.grad is None for p in run.model.parameters())
     assert all(map(torch.equal, run.model.parameters(), before)) and not run.optimizer.state
+
+    for bytes_per_token, n_groups in ((1000, 2), (2**31 // group, 1)):  # 1 GiB of memory is free
+        sizes.clear()
+        s.tokens_per_microbatch = None
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated",
+                            lambda device: sizes[-1] * bytes_per_token)
+        plumbing.run.try_largest_batch(run, s)
+        assert sizes == [group, group, 2 * group, n_groups * group]
+        assert s.tokens_per_microbatch == n_groups * group
+        assert f"micro-batches of {n_groups * group:,} tokens" in capsys.readouterr().out
 
     for e, expected, words in (
             (torch.OutOfMemoryError("no room"), ValueError,
@@ -154,9 +166,15 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch):
             (RuntimeError("another"), RuntimeError, "^another$")):
         def fails(*arguments):
             raise e
-        monkeypatch.setattr(Qwen2, "completion_log_probs", fails)
+        monkeypatch.setattr(Qwen2, "accumulate_gradients", fails)
         with pytest.raises(expected, match=words):
-            train.try_largest_batch(run, s)
+            plumbing.run.try_largest_batch(run, s)
+
+
+def test_the_groups_that_fit_by_hand():
+    # one group takes 30, two take 50: 20 a group and 10 beside; three quarters of 200 hold seven
+    assert plumbing.run.groups_that_fit(200, 30, 50) == 7
+    assert plumbing.run.groups_that_fit(30, 30, 50) == 0  # one is tried all the same
 
 
 @pytest.mark.parametrize("flags", [
@@ -201,7 +219,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(signum):
     assert process.returncode == 128 + signum, output
     assert "finishing this step" in output and "--resume --name stopped" in output
     step = metrics("stopped")[-1]["step"]
-    assert train.checkpoints(Path("runs/stopped"))[-1].name == f"step_{step}" and step < 40
+    assert checkpoint.checkpoints(Path("runs/stopped"))[-1].name == f"step_{step}" and step < 40
     run("--name", "stopped", "--steps", "40", "--threads", "2", "--resume", "--stop-after",
         str(step + 1))
     assert [row["step"] for row in metrics("stopped")] == list(range(step + 2))
@@ -230,11 +248,28 @@ def test_a_second_ctrl_c_leaves_at_once():
 
 def test_only_the_newest_checkpoints_are_kept():
     run("--checkpoint-every", "1", "--keep", "2")
-    found = [p.name for p in train.checkpoints(Path("runs/tiny-pspo-s0"))]
+    found = [p.name for p in checkpoint.checkpoints(Path("runs/tiny-pspo-s0"))]
     assert found == ["step_3", "step_4"]
 
 
 # ---------------------------------------------------------------- one update, looked at closely
+
+def test_a_step_of_more_than_2_to_the_24_tokens_makes_its_metrics():
+    # torch.quantile refuses so many. Log-ratios 0, 1, 2, …, n − 1 times 1/n; gaps alike.
+    n = 2**24 + 17
+    ramp_M = torch.arange(n, dtype=torch.float32) / n
+    micro = SimpleNamespace(old_logp_M=ramp_M, sampler_logp_M=torch.zeros(n),
+                            advantage_M=torch.ones(n), weight_M=torch.full((n,), 1 / n),
+                            batch=SimpleNamespace(ids_N=range(n)))
+    run = SimpleNamespace(reference=None, state={"optimizer_steps": 1})
+    seen = SimpleNamespace(log_ratios=[ramp_M], entropies=[ramp_M], kls=[],
+                           norms=[torch.tensor(0.5)])
+    metrics = train.update_metrics(run, [[micro]], settings(), seen, {"score_s": 0, "update_s": 1})
+    assert metrics["ratio_p50"] == pytest.approx(math.exp(0.5))
+    assert metrics["ratio_p99"] == pytest.approx(math.exp(0.99), rel=1e-6)
+    assert metrics["sampler_gap_p99"] == pytest.approx(0.99)
+
+
 
 def settings(**changes):
     s, _ = train.read_settings([*SMALL, "--name", "unused"])
@@ -248,9 +283,10 @@ def made_up_rollout(P=4, G=4, seed=0):
     def ids(low, high):
         n = int(torch.randint(low, high, (1,), generator=g))
         return torch.randint(3, 200, (n,), generator=g).tolist()
-    completions = [ids(1, 20) for _ in range(P * G)]
+    completions = [[ids(1, 20) for _ in range(G)] for _ in range(P)]
     rollout = Rollout([ids(5, 15) for _ in range(P)], completions,
-                      [[-1.0] * len(c) for c in completions], [True] * (P * G), G, 1.0)
+                      [[[-1.0] * len(c) for c in group] for group in completions],
+                      [[True] * G] * P, 1.0)
     reward_PG = torch.rand(P, G, generator=g)
     return rollout, train.group_advantages(reward_PG)
 
@@ -267,16 +303,15 @@ def updated(equal=(), **changes):
                                                               "skipped_steps": 0},
                           optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0.0))
     minibatches = train.lay_out(rollout, advantage_PG, s, s.device)
-    train.old_log_probs(run, minibatches, s)
-    train.update(run, minibatches, s)
+    train.update(run, minibatches, s, train.remember_old_policy(run, minibatches, s))
     return run, minibatches
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("minibatches, compiled", [
     (1, False), (2, False), pytest.param(2, True, marks=needs_a_compiler)])
-def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeypatch, dtype,
-                                                                         minibatches, compiled):
+def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(
+        monkeypatch, dtype, minibatches, compiled, machine):
     calls = []
     policy_loss = train.policy_loss
 
@@ -292,7 +327,7 @@ def test_before_the_first_optimizer_step_old_and_new_log_probs_are_equal(monkeyp
     assert max(calls[first:]) > 0  # afterwards the ratios leave 1
 
 
-def test_micro_batches_change_no_update():
+def test_micro_batches_change_no_update(machine):
     whole, one = updated(tokens_per_microbatch=10**6)
     split, many = updated(tokens_per_microbatch=1)
     assert [len(m) for m in one] == [1, 1] and [len(m) for m in many] == [2, 2]
@@ -332,7 +367,8 @@ def test_an_advantage_reaches_every_token_of_its_own_completion():
             mine = micro.batch.sequence_M == b
             (advantage,) = micro.advantage_M[mine].unique().tolist()
             seen.append((micro.batch.target_M[mine].tolist(), pytest.approx(advantage)))
-    assert seen == list(zip(rollout.completions, advantage_PG.flatten().tolist()))
+    assert seen == list(zip([ids for group in rollout.completions for ids in group],
+                            advantage_PG.flatten().tolist()))
 
 
 def test_exact_log_probs_are_not_tf32_and_leave_the_setting():
@@ -342,7 +378,7 @@ def test_exact_log_probs_are_not_tf32_and_leave_the_setting():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        train.exact_log_probs(model, SimpleNamespace(batch=None), 1.0)
+        plumbing.run.exact_log_probs(model, SimpleNamespace(batch=None), 1.0)
         after = torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision(before)
@@ -351,19 +387,21 @@ def test_exact_log_probs_are_not_tf32_and_leave_the_setting():
 
 
 def test_without_git_a_run_has_no_commit(monkeypatch):
-    assert len(train.git("rev-parse", "HEAD")) in (0, 40)  # 0: not a clone
+    assert len(plumbing.run.git("rev-parse", "HEAD")) in (0, 40)  # 0: not a clone
     monkeypatch.setenv("PATH", "")
-    assert train.git("rev-parse", "HEAD") == ""
+    assert plumbing.run.git("rev-parse", "HEAD") == ""
 
 
 def test_the_noise_floor_is_zero_in_fp32_and_not_in_bf16():
     s = settings()
     rollout, advantage_PG = made_up_rollout()
-    micro = train.lay_out(rollout, advantage_PG, s, "cpu")[0][0]
+    minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
     model = Qwen2.from_pretrained("tiny")
-    assert train.noise_floor(model, micro, 1.0) == {"noise_floor_0.1": 0, "noise_floor_0.2": 0}
+    assert train.noise_floor(model, minibatches, 1.0) == {"noise_floor_0.1": 0,
+                                                          "noise_floor_0.2": 0}
+    assert train.noise_floor(model, [[], []], 1.0) == {}
     model = Qwen2.from_pretrained("tiny", dtype="bf16")
-    floor = train.noise_floor(model, micro, 0.1)  # a low temperature magnifies the rounding
+    floor = train.noise_floor(model, minibatches, 0.1)  # a low temperature magnifies the rounding
     assert 0 < floor["noise_floor_0.2"] < floor["noise_floor_0.1"] < 1
     assert model.compute_dtype == torch.bfloat16
 
@@ -424,20 +462,21 @@ def test_an_optimizer_step_by_hand():
 def test_the_loss_of_a_micro_batch_by_hand(monkeypatch):
     losses = []
 
-    def completion_log_probs(batch, temperature, loss, entropy):
+    def accumulate_gradients(batch, temperature, loss, entropy):
         logp_M = torch.tensor([0.5, 0.5]).log()
         losses.append(loss(logp_M, slice(0, 2)).item())
         return logp_M, torch.zeros(2)
-    monkeypatch.setattr(train, "optimizer_step", lambda run, s: torch.tensor(0.0))
+    monkeypatch.setattr(train, "optimizer_step", lambda run, args: torch.tensor(0.0))
     s, _ = train.read_settings(["--model", "tiny", "--objective", "noclip", "--beta", "0.1",
                                 "--epochs", "1", "--minibatches", "1"])
     micro = SimpleNamespace(old_logp_M=None, weight_M=torch.tensor([0.25, 0.75]),
                             advantage_M=torch.tensor([2.0, -1.0]),
                             reference_logp_M=torch.tensor([0.25, 0.5]).log(),
                             batch=SimpleNamespace(sequence_M=torch.tensor([0, 1])))
-    run = SimpleNamespace(model=SimpleNamespace(completion_log_probs=completion_log_probs),
+    run = SimpleNamespace(model=SimpleNamespace(accumulate_gradients=accumulate_gradients),
                           reference=object(), state={"optimizer_steps": 0, "skipped_steps": 0})
-    seen = train.update(run, [[micro]], s)
+    seen = train.Seen()
+    train.update(run, [[micro]], s, seen)
     # r = 1: −(0.25·2 − 0.75·1) = 0.25. k3 of the first token: 0.25/0.5 − log(0.25/0.5) − 1
     assert losses == [pytest.approx(0.25 + 0.1 * 0.25 * (0.5 + math.log(2) - 1))]
     assert seen.kls[0].tolist() == pytest.approx([0.5 + math.log(2) - 1, 0])
@@ -445,47 +484,47 @@ def test_the_loss_of_a_micro_batch_by_hand(monkeypatch):
 
 def test_each_pass_visits_every_problem_once_in_a_new_order():
     passes = [[i for step in range(5 * k + 1, 5 * k + 6)
-               for i in train.prompt_order(10, 2, step, seed=0)] for k in range(3)]
+               for i in problems.prompt_order(10, 2, step, seed=0)] for k in range(3)]
     assert all(sorted(order) == list(range(10)) for order in passes)
     assert passes[0] != passes[1] != passes[2]
-    assert train.prompt_order(10, 2, 1, seed=1) != passes[0][:2]
-    assert len({i for s in (1, 2, 3) for i in train.prompt_order(11, 3, s, seed=0)}) == 9
+    assert problems.prompt_order(10, 2, 1, seed=1) != passes[0][:2]
+    assert len({i for s in (1, 2, 3) for i in problems.prompt_order(11, 3, s, seed=0)}) == 9
 
 
 def test_the_files_problems_are_split_three_ways_without_overlap():
     rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(30)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     s = settings(data="mine.jsonl", validation_problems=5, test_problems=7, seed=0)
-    splits = train.split_problems(s)
+    splits = problems.split_problems(s)
     assert [len(split) for split in splits] == [18, 5, 7]
     assert len({p.id for split in splits for p in split}) == 30
-    other = train.split_problems(SimpleNamespace(**{**vars(s), "seed": 1}))
+    other = problems.split_problems(SimpleNamespace(**{**vars(s), "seed": 1}))
     assert other == splits  # every seed is measured on the same problems
 
 
 def test_a_set_keeps_its_own_validation_split(monkeypatch):
     s = SimpleNamespace(data="mine", validation_problems=5, test_problems=7, prompts_per_step=1)
     monkeypatch.setitem(problems.SETS, "mine", problems.SETS["tiny"]._replace(latex=True))
-    train_, validation, test = train.split_problems(s)
+    train_, validation, test = problems.split_problems(s)
     assert [p.id for p in validation] == [f"mine/validation/{i}" for i in range(5)]
     everything = len(train_)
     monkeypatch.setitem(problems.SETS, "mine", problems.SETS["mine"]._replace(
         splits=problems.TRAIN_AND_TEST))
-    train_, validation, test = train.split_problems(s)
+    train_, validation, test = problems.split_problems(s)
     assert len(train_) == everything - 5 and {p.id[:11] for p in validation} == {"mine/train/"}
 
 
 def test_a_run_in_bf16_is_tested_as_evaluate_tests_it(monkeypatch):
     dtypes = []
-    answered = train.answer_problems
-    monkeypatch.setattr(train, "answer_problems", lambda model, *rest, **more: (
+    answered = plumbing.run.answer_problems
+    monkeypatch.setattr(plumbing.run, "answer_problems", lambda model, *rest, **more: (
         dtypes.append((model.compute_dtype, more["max_rows"])), answered(model, *rest, **more))[1])
     run("--steps", "1", "--dtype", "bf16", "--rollout-rows", "32")
     assert dtypes == 2 * [(torch.float32, 32)]
 
     def no_room(*rest, **more):
         raise torch.OutOfMemoryError("no room")
-    monkeypatch.setattr(train, "answer_problems", no_room)
+    monkeypatch.setattr(plumbing.run, "answer_problems", no_room)
     with pytest.raises(SystemExit, match="but not its test: no room; try again with --resume "
                                          "--name large --rollout-rows and less than 256"):
         run("--steps", "1", "--name", "large")
@@ -579,8 +618,7 @@ def test_the_default_path_of_qwen_on_gsm8k_through_the_hub(hub, tmp_path):
 import torch
 from transformers import AutoModelForCausalLM
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from model import Qwen2
-from rollout import SharedPromptAttention
+from model import Qwen2, SharedPromptAttention
 trained = "runs/hub/checkpoints/step_1"
 ours, base = Qwen2.from_pretrained(trained), Qwen2.from_pretrained("Qwen/Qwen2.5-0.5B")
 assert ours.stop_ids == [151643, 151645] and ours.n_real_ids == 151665, ours.stop_ids

@@ -130,8 +130,8 @@ def train_base(model, rows, rng):
                                [[bare[i] if rng.random() < blurt else worked[i]] for i in chosen])
             n_tokens = len(batch.target_M)
             optimizer.zero_grad()
-            logp_M, _ = model.completion_log_probs(
-                batch, loss=lambda logp_M, chunk: -logp_M.sum() / n_tokens)
+            logp_M, _ = model.accumulate_gradients(
+                batch, 1.0, lambda logp_M, chunk: -logp_M.sum() / n_tokens)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             bar.set_postfix(loss=f"{-logp_M.mean().item():.3f}")
