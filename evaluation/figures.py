@@ -2,7 +2,7 @@
 
 What it does    draws runs/<name>/curves.png from a run's metrics.jsonl, which train.py does with
                 every checkpoint; and figures/objectives.png.
-Not here        the metrics (train.py). The README says what each of them is.
+Not here        the metrics (train.py). docs/metrics.md says what each of them is.
 Run it alone    python -m evaluation.figures RUN …     curves.png of these runs
                 python -m evaluation.figures           figures/objectives.png, which git tracks
 Where to fork   PANELS names what is drawn of a run.

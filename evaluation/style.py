@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from rewards import INSTRUCTION
 
-STYLE = {  # measure of one answer: (heading, format); README defines them
+STYLE = {  # measure of one answer: (heading, format); docs/evaluate.md defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
     "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}

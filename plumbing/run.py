@@ -325,7 +325,7 @@ def record(run, args, step, metrics, rows=()):
     rows[p][g]: dicts, of which the first group is kept. Every process calls this, since they decide
     together whether a signal ends the run; the first one writes. Sets run.step and run.stopped.
     """
-    metrics, run.step = {"step": step, **metrics}, step
+    metrics = {"step": step, **metrics}
     improved = metrics.get("validation_reward", -math.inf) > run.best
     if improved:
         run.best, run.best_step = metrics["validation_reward"], step
@@ -334,7 +334,7 @@ def record(run, args, step, metrics, rows=()):
     saving = ending or improved or step % args.checkpoint_every == 0
     if saving:
         weights = parallel.collect(run.model.state_dict())
-        trainer = {"optimizer": parallel.collect(run.optimizer.state_dict()), "step": run.step,
+        trainer = {"optimizer": parallel.collect(run.optimizer.state_dict()), "step": step,
                    "best": run.best, "best_step": run.best_step, "state": run.state}
     if parallel.rank() == 0:
         append_rows(run.folder / "metrics.jsonl", metrics)
@@ -351,6 +351,7 @@ def record(run, args, step, metrics, rows=()):
     if run.wandb:
         run.wandb.log(metrics, step=step)
     run.bar.update(step > 0)
+    run.step = step
 
 
 CONSOLE = {  # heading -> metric, format

@@ -2,9 +2,9 @@
 
 What it does    turns a command line, and with --resume a run's config.json, into one namespace of
                 settings that fit together, or ends in one line that says what does not.
-What it leaves  what the settings do to train.py; an objective's own to its signature.
+Not here        what the settings do (train.py); an objective's own defaults (its signature).
 Run it alone    python -m plumbing.settings [flags]     all settings of a run with these flags
-Where to fork   a new setting is one line in `make_parser`, and one in README.md's table.
+Where to fork   a new setting is one line in `make_parser`, and one in docs/flags.md.
 """
 import argparse
 import importlib.util
@@ -25,8 +25,8 @@ from plumbing.files import read_json
 from rewards import MODES
 
 # The defaults in `make_parser` are the published recipe for Qwen2.5-0.5B and -1.5B, and of any
-# model without a preset; the authors' other arms are in the README. The embedded model's settings
-# are chosen: it learns in a minute, slowly enough to watch.
+# model without a preset; docs/paper.md has the authors' other arms. The settings of the embedded
+# model are chosen: it learns in a minute, slowly enough to watch.
 PRESETS = {"tiny": dict(
     data="tiny", prompts_per_step=8, group_size=8, minibatches=4, temperature=1.0, top_p=1.0,
     max_new_tokens=40, steps=100, learning_rate=1e-5, warmup_steps=0, validation_problems=100,
@@ -108,30 +108,29 @@ def objective_settings(name):
 
 def read_settings(argv):
     """(settings, run folder): defaults, then the preset or the resumed run's, then given flags."""
-    parser = make_parser()
-    defaults = vars(parser.parse_args([]))
-    # Parsed again into a namespace full of a mark (the parser: no flag can be that): where the mark
-    # stays, the flag was not given.
-    marked = argparse.Namespace(**dict.fromkeys(defaults, parser))
-    given = vars(parser.parse_args(argv, marked))
-    given = {key: value for key, value in given.items() if value is not parser}
+    parser, quiet = make_parser(), make_parser()
+    for action in quiet._actions:
+        action.default = argparse.SUPPRESS  # so that it finds the flags that were given, no others
+    defaults, given = vars(parser.parse_args([])), vars(quiet.parse_args(argv))
     if given.get("model") == "tiny/model":
         given["model"] = "tiny"
 
     preset = PRESETS.get(given.get("model", defaults["model"]), {})
-    s = SimpleNamespace(**{**defaults, **preset, **given})
-    if s.name == "":
+    args = SimpleNamespace(**{**defaults, **preset, **given})
+    if args.name == "":
         parser.error("--name is empty; expected a folder name, made under runs/")
-    s.name = s.name or f"{s.model.rstrip('/').split('/')[-1]}-{s.objective}-s{s.seed}"
-    folder = Path("runs") / s.name
-    if s.name in (".", "..") or Path(s.name).name != s.name:
-        parser.error(f"--name is {s.name!r}; expected a plain folder name, made under runs/")
-    if s.resume:
+    short = args.model.rstrip("/").split("/")[-1]
+    args.name = args.name or f"{short}-{args.objective}-s{args.seed}"
+    folder = Path("runs") / args.name
+    if args.name in (".", "..") or Path(args.name).name != args.name:
+        parser.error(f"--name is {args.name!r}; expected a plain folder name, made under runs/")
+    if args.resume:
         saved = folder / "config.json"
         if not saved.exists():
             parser.error(f"--resume: no run in {folder} (there is no {saved})")
         settings = saved_settings(saved)
-        settings |= {"resume": True, "stop_after": s.stop_after, "wandb": s.wandb, "name": s.name}
+        settings |= {"resume": True, "stop_after": args.stop_after, "wandb": args.wandb,
+                     "name": args.name}
         for key in given.keys() & OF_THE_MACHINE:
             settings[key] = given[key]
         if "fsdp" not in given:
@@ -141,12 +140,12 @@ def read_settings(argv):
                 flag = "--" + key.replace("_", "-")
                 parser.error(f"--resume: {flag} was {settings[key]} in {folder}, now {value}; "
                              "leave it out, or start a new run with another --name")
-        s = SimpleNamespace(**settings)
-    check_settings(parser, s, given)
-    if not s.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
+        args = SimpleNamespace(**settings)
+    check_settings(parser, args, given)
+    if not args.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
             ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
         parser.error(f"{folder} exists; continue it with --resume or choose another --name")
-    return s, folder
+    return args, folder
 
 
 def saved_settings(path):
@@ -167,51 +166,52 @@ def saved_settings(path):
     return vars(settings)
 
 
-def check_settings(parser, s, given):
+def check_settings(parser, args, given):
     """Refuse, in one line, settings that contradict each other or mean nothing."""
     for name in OBJECTIVES:
-        for setting in objective_settings(name).keys() - objective_settings(s.objective).keys():
+        for setting in objective_settings(name).keys() - objective_settings(args.objective).keys():
             if setting in given:
                 flag = "--" + setting.replace("_", "-")
                 parser.error(f"{flag} is a setting of --objective {name}; this run has "
-                             f"--objective {s.objective}, which does not use it")
+                             f"--objective {args.objective}, which does not use it")
     try:
-        chosen_objective(s)(torch.ones(1), torch.ones(1))
+        chosen_objective(args)(torch.ones(1), torch.ones(1))
     except ValueError as e:
         parser.error(str(e))
-    check_sampling(parser, s)
-    if s.temperature == 0:
+    check_sampling(parser, args)
+    if args.temperature == 0:
         parser.error("--temperature is 0; training needs samples that differ, a value above 0")
-    if s.group_size < 2:
-        parser.error(f"--group-size is {s.group_size}; expected 2 or more: the advantage of a "
+    if args.group_size < 2:
+        parser.error(f"--group-size is {args.group_size}; expected 2 or more: the advantage of a "
                      "completion is its reward against the others of its group")
     for key in ("prompts_per_step", "epochs", "minibatches", "steps", "threads", "validate_every",
                 "validation_problems", "validation_samples", "checkpoint_every", "keep",
                 "tokens_per_microbatch"):
-        if getattr(s, key) is not None and getattr(s, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 1 or more")
-    if s.prompts_per_step % s.minibatches:
-        parser.error(f"--minibatches {s.minibatches} does not divide --prompts-per-step "
-                     f"{s.prompts_per_step}; a minibatch holds whole groups")
-    if s.rollout_rows < s.group_size:
-        parser.error(f"--rollout-rows {s.rollout_rows} does not hold one group of {s.group_size}")
-    if s.stop_after is not None and s.stop_after < 1:
-        parser.error(f"--stop-after is {s.stop_after}; expected 1 or more")
-    if s.threads > (os.cpu_count() or s.threads):
-        parser.error(f"--threads is {s.threads}; this machine has {os.cpu_count()} cores")
-    if s.fsdp and not parallel.launched():
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} is {getattr(args, key)}; expected 1 or more")
+    if args.prompts_per_step % args.minibatches:
+        parser.error(f"--minibatches {args.minibatches} does not divide --prompts-per-step "
+                     f"{args.prompts_per_step}; a minibatch holds whole groups")
+    if args.rollout_rows < args.group_size:
+        parser.error(f"--rollout-rows {args.rollout_rows} does not hold one group of "
+                     f"{args.group_size}")
+    if args.stop_after is not None and args.stop_after < 1:
+        parser.error(f"--stop-after is {args.stop_after}; expected 1 or more")
+    if args.threads > (os.cpu_count() or args.threads):
+        parser.error(f"--threads is {args.threads}; this machine has {os.cpu_count()} cores")
+    if args.fsdp and not parallel.launched():
         parser.error("--fsdp shards the model over several processes; start them with torchrun "
                      "--nproc-per-node N train.py …")
-    if s.wandb is not None and importlib.util.find_spec("wandb") is None:
+    if args.wandb is not None and importlib.util.find_spec("wandb") is None:
         parser.error("--wandb needs the package wandb: pip install wandb")
-    if not 0 < s.adam_epsilon < math.inf:
-        parser.error(f"--adam-epsilon is {s.adam_epsilon}; expected a finite value above 0")
-    if not s.max_grad_norm > 0:
-        parser.error(f"--max-grad-norm is {s.max_grad_norm}; expected a value above 0, or inf for "
-                     "no limit")
+    if not 0 < args.adam_epsilon < math.inf:
+        parser.error(f"--adam-epsilon is {args.adam_epsilon}; expected a finite value above 0")
+    if not args.max_grad_norm > 0:
+        parser.error(f"--max-grad-norm is {args.max_grad_norm}; expected a value above 0, or inf "
+                     "for no limit")
     for key in ("learning_rate", "beta", "warmup_steps", "test_problems"):
-        if not 0 <= getattr(s, key) < math.inf:
-            parser.error(f"--{key.replace('_', '-')} is {getattr(s, key)}; expected 0 or more, "
+        if not 0 <= getattr(args, key) < math.inf:
+            parser.error(f"--{key.replace('_', '-')} is {getattr(args, key)}; expected 0 or more, "
                          "finite")
 
 
@@ -232,10 +232,10 @@ def check_sampling(parser, args):
                      f"(it finds {torch.cuda.device_count()})")
 
 
-def chosen_objective(s):
+def chosen_objective(args):
     """The objective of these settings: (ratio, advantage) -> objective, elementwise."""
-    settings = {key: getattr(s, key) for key in objective_settings(s.objective)}
-    return partial(OBJECTIVES[s.objective], **settings)
+    settings = {key: getattr(args, key) for key in objective_settings(args.objective)}
+    return partial(OBJECTIVES[args.objective], **settings)
 
 
 if __name__ == "__main__":
