@@ -7,20 +7,20 @@ Run it alone    python -m plumbing.latex GOLD ANSWER     same, different or unre
 
 This file runs as a script, too, for the process: it imports nothing of the project.
 """
-import faulthandler
 import functools
 import json
 import logging
-import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 
 LONGEST_BOXED = 1000  # characters of \boxed{…}, chosen; what is longer is no answer
 LONGEST_LATEX = 400  # characters of a LaTeX answer, chosen; MATH-500's longest gold has 53
-LATEX_LIMIT_S = 0.6  # for one comparison, chosen: with the start of a new process behind it (0.4 s)
-# it stays within a second; MATH-500's slowest needs 0.15. What takes longer counts as wrong.
+LATEX_LIMIT_S = 0.6  # of CPU time for one comparison, chosen: with the start of a new process
+# behind it (0.4 s) it stays within a second; MATH-500's slowest needs 0.15. It is CPU time, so that
+# a busy machine turns no right answer into a wrong one. What takes longer counts as wrong.
 BOXED = r"\boxed{"
 # Seconds to years of work for sympy: a factorial, an exponent in an exponent, a long exponent.
 COSTLY = re.compile(r"(?<!\\)!|\^\s*(?:\{[^}]*|\([^)]*|\w+\s*)\^|\^[\s{(-]*[0-9]{5}")
@@ -89,9 +89,9 @@ def start_worker():
 def serve():
     """Be the process behind `compare_latex`: read lines of JSON, write verdicts.
 
-    A watchdog ends it when a comparison exceeds LATEX_LIMIT_S. math-verify's own limit is an alarm
-    signal: it replaces the caller's handler, fails outside the main thread and cannot interrupt
-    one long operation on large integers.
+    The system ends the process (SIGPROF) when a comparison exceeds LATEX_LIMIT_S of CPU time.
+    math-verify's own limit is an alarm signal: it replaces the caller's handler, fails outside the
+    main thread and cannot interrupt one long operation on large integers.
     """
     from math_verify import LatexExtractionConfig, parse, verify
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limit is off
@@ -107,12 +107,11 @@ def serve():
 
     assert compare(r"\frac{1}{2}", "0.5") == "same", "math-verify does not know 1/2 = 0.5"
     print("ready", flush=True)
-    with open(os.devnull, "w") as nowhere:
-        for line in sys.stdin:
-            faulthandler.dump_traceback_later(LATEX_LIMIT_S, exit=True, file=nowhere)
-            verdict = compare(*json.loads(line))
-            faulthandler.cancel_dump_traceback_later()
-            print(verdict, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, LATEX_LIMIT_S)
+        verdict = compare(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(verdict, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from as_on_cuda import make_cpu_like_cuda
+
+# One thread each, read when torch is imported: tests run side by side (-n 2), and threads that wait
+# for each other stand still beside a program that keeps a core busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's: where it caches, its tokens, its offline switches. None of it may reach a test.
@@ -17,6 +20,7 @@ CALLERS = re.compile(r"(HF|HUGGING_?FACE_HUB|TRANSFORMERS)_"
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
+    from as_on_cuda import make_cpu_like_cuda  # it imports torch
     make_cpu_like_cuda(monkeypatch)
 
 

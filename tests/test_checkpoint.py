@@ -218,7 +218,7 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "2", "--name", "both"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(2)]
-    ends = [(p.communicate(timeout=100), p.returncode) for p in both]
+    ends = [(p.communicate(timeout=900), p.returncode) for p in both]
     assert sorted(code for _, code in ends) in ([0, 1], [0, 2]), ends
     (loser,) = [err for (_, err), code in ends if code]
     assert "in use by another process" in loser or "exists; continue it" in loser \

@@ -213,9 +213,9 @@ def test_the_other_measures_of_style_by_hand():
 @pytest.mark.parametrize("text", ["1+" * 10**5, "1,111," * 10**5, "user\n" * 10**5, "<|a" * 10**5,
                                   "1 = " * 10**5, "9" * 10**6])
 def test_style_is_quick_on_hostile_text(text):
-    began = time.perf_counter()
+    began = time.process_time()
     style(text)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 # ------------------------------------------------------------------ whole evaluations
@@ -321,7 +321,7 @@ def test_a_damaged_file_of_answers_is_kept_and_said(capsys):
 def test_killed_at_random_moments_it_ends_with_the_same_table(n):
     command = [sys.executable, str(ROOT / "evaluate.py"), "tiny", "--data", "tiny", "--limit", "60",
                "--temperature", "0.7", "1", "--samples", "4", "--rollout-rows", "4", "--out"]
-    whole = subprocess.run([*command, "whole"], capture_output=True, text=True, timeout=100)
+    whole = subprocess.run([*command, "whole"], capture_output=True, text=True, timeout=600)
     assert whole.returncode == 0, whole.stderr
     size = sum(p.stat().st_size for p in Path("whole/answers").iterdir())
     draw = random.Random(0)
@@ -337,7 +337,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(n):
                 kills += process.wait() == -signal.SIGKILL
             time.sleep(0.003)
     assert kills >= 0.6 * n  # the last ones may come after its end
-    last = subprocess.run([*command, "cut"], capture_output=True, text=True, timeout=100)
+    last = subprocess.run([*command, "cut"], capture_output=True, text=True, timeout=600)
     assert last.returncode == 0, last.stderr
     assert table_of("cut") == table_of("whole")
     for path in Path("whole/answers").iterdir():
@@ -462,7 +462,7 @@ def test_all_four_sets_are_evaluated_by_their_names(hub, tmp_path):
                "svamp", "asdiv", "math500", "--limit", "2", "--max-new-tokens", "6", "--device",
                "cpu"]
     done = subprocess.run(command, env=hub, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300)
+                          timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "evaluations/results.json").read_text())
     assert [(r["data"], r["n_problems"], "math" in r) for r in found["results"]] == [
@@ -501,7 +501,7 @@ print(json.dumps([len(problems), wrong, collapsed]))
 
 def test_harmless_rewriting_of_math_answers_changes_no_verdict(hub):
     done = subprocess.run([sys.executable, "-c", REWRITE], env=hub, cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     n, wrong, collapsed = json.loads(done.stdout.splitlines()[-1])
     print(f"{n} problems, verdict changed for {wrong}; {collapsed} LaTeX golds collapse (paper)")

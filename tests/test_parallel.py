@@ -23,7 +23,7 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def torchrun(n, *arguments, timeout=200):
+def torchrun(n, *arguments, timeout=900):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n),
                "--standalone", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -148,6 +148,6 @@ def reward(*a, **k):
 train.reward = reward
 sys.exit(train.main())
 """)
-    done = torchrun(2, "dies.py", *SMALL, "--name", "dies", timeout=100)
+    done = torchrun(2, "dies.py", *SMALL, "--name", "dies", timeout=900)
     assert done.returncode != 0 and "rank      : 1" in done.stderr, done.stderr
     assert "lost another process" in done.stderr, done.stderr

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -159,10 +160,16 @@ def test_latex_is_graded_in_threads_and_leaves_the_signal_handlers_alone():
 
 
 def test_a_comparison_without_a_verdict_is_reported_not_hidden(capfd):
+    def cpu_s(seconds):
+        return seconds.ru_utime + seconds.ru_stime
     assert is_correct("#### 0.5", r"\frac{1}{2}")  # starts the process, which is not timed
-    begun, n_before = time.perf_counter(), len(latex.ungraded)
+    n_before = len(latex.ungraded)
+    ticks = Path(f"/proc/{latex.workers[0].pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    before = (cpu_s(resource.getrusage(resource.RUSAGE_CHILDREN))
+              + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"))
     assert not is_correct(r"#### \binom{99999999}{5000001}", r"\frac{1}{2}")
-    assert time.perf_counter() - begun < 1
+    taken = cpu_s(resource.getrusage(resource.RUSAGE_CHILDREN)) - before
+    assert 0.5 * latex.LATEX_LIMIT_S < taken < 1  # CPU time of the process that was ended
     assert latex.ungraded[n_before:] == [(r"\frac{1}{2}", r"\binom{99999999}{5000001}")]
     assert "no verdict on the LaTeX answer" in capfd.readouterr().err
     assert is_correct("#### 0.25", r"\frac{1}{4}")  # and the next one is graded as ever
@@ -281,14 +288,15 @@ HOSTILE = {
 
 
 def seconds_to_grade(text, gold):
-    """The longest of the calls that train.py and evaluate.py make, in seconds."""
+    """The longest of the calls that train.py and evaluate.py make, in seconds of CPU time (without
+    the process that compares LaTeX, which the system ends after LATEX_LIMIT_S)."""
     longest = 0.0
     for call in (*(lambda s=s: is_correct(text, gold, s) for s in rewards.SCORERS),
                  *(lambda m=m: reward(text, gold, mode=m) for m in rewards.MODES),
                  lambda: extract_answer(text), lambda: extract_answer(text, kind="latex")):
-        begun = time.perf_counter()
+        begun = time.process_time()
         call()
-        longest = max(longest, time.perf_counter() - begun)
+        longest = max(longest, time.process_time() - begun)
     return longest
 
 
@@ -305,18 +313,18 @@ def sentinel(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_completions_are_graded_in_milliseconds_against_numbers(name, sentinel):
-    # The best of three: a busy machine may interrupt one, a slow pattern is slow every time.
+    # the best of three: a first call may load something, a slow pattern is slow every time
     assert min(seconds_to_grade(HOSTILE[name], "18") for _ in range(3)) < 0.05
     assert sentinel.exists()
     assert not is_correct(HOSTILE[name], "19")
 
 
-def test_hostile_completions_are_graded_within_a_second_against_latex(sentinel):
+def test_hostile_completions_are_graded_within_a_limit_against_latex(sentinel):
     is_correct("#### 0.5", r"\frac{1}{2}")
     for gold in (r"\frac{14}{3}", "x^2+1", "$9^{9^{9}}$", "$99999999!$"):
         for name, text in HOSTILE.items():
             taken = seconds_to_grade(text, gold)
-            assert taken <= 1, (name, gold, taken)
+            assert taken < 1 - latex.LATEX_LIMIT_S, (name, gold, taken)
             assert not is_correct(text, gold) or name.startswith("LaTeX")
     assert sentinel.exists()
 
@@ -428,7 +436,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused():
 
 def python(code, env=None, stdin=""):
     done = subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True,
-                          cwd=ROOT, input=stdin, timeout=120)
+                          cwd=ROOT, input=stdin, timeout=600)
     assert done.returncode == 0, done.stderr
     return done
 
