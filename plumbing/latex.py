@@ -27,7 +27,7 @@ COSTLY = re.compile(r"(?<!\\)!|\^\s*(?:\{[^}]*|\([^)]*|\w+\s*)\^|\^[\s{(-]*[0-9]
 
 
 def braced(text, start):
-    """The text from `start` to the brace that closes the first one there; "" where none does."""
+    """The text from `start` to the brace that closes the first brace there; "" if none does."""
     depth = 0
     for i in range(start, min(len(text), start + LONGEST_BOXED)):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -75,7 +75,7 @@ workers, worker_lock = [], threading.Lock()  # at most one worker, asked by one 
 def start_worker():
     """Start the process that compares LaTeX and wait until it is ready, about 0.4 s.
 
-    It ends when its input closes, that is with the process that started it, however that ends.
+    The process ends when its input closes, and so whenever the process that started it ends.
     """
     worker = subprocess.Popen([sys.executable, __file__, "--worker"], text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -116,6 +116,11 @@ def serve():
 
 if __name__ == "__main__":
     try:
-        serve() if sys.argv[1:] == ["--worker"] else print(compare_latex(*sys.argv[1:]))
+        if sys.argv[1:] == ["--worker"]:
+            serve()
+        elif len(sys.argv) == 3:
+            print(compare_latex(*sys.argv[1:]))
+        else:
+            sys.exit("usage: python -m plumbing.latex GOLD ANSWER")
     except KeyboardInterrupt:
         sys.exit(130)

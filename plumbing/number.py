@@ -43,14 +43,14 @@ PLAIN_SPELLING = [("\u2212", "-"), ("\u2013", "-"), ("\u00a0", " "), ("\u202f", 
 
 
 def plain(text):
-    """Minus signs, spaces and LaTeX's ways to write $, % and 10,000, in their plain spelling."""
-    for odd, plain in PLAIN_SPELLING:
-        text = text.replace(odd, plain)
+    """A text with plain minus signs and spaces, without LaTeX's ways to write $, % and 10,000."""
+    for odd, usual in PLAIN_SPELLING:
+        text = text.replace(odd, usual)
     return text
 
 
 def plain_answer(text):
-    r"""As `plain`, with \frac{4}{5} as 4/5. A gold keeps it: it is LaTeX."""
+    r"""As `plain`, and \frac{4}{5} becomes 4/5. (In a gold \frac stays: such a gold is LaTeX.)"""
     return plain(FRACTION.sub(r"\1/\2", re.sub(r"([0-9])(\\[dt]?frac)", r"\1 \2", text)))
 
 
@@ -67,7 +67,7 @@ def as_number(match):
 
 
 def gold_number(gold):
-    """The Number that a gold is as a whole, with or without a unit, or None."""
+    """The Number that a gold is as a whole, with or without a unit; None for any other gold."""
     text = re.sub(r"^\$([^$]*)\$$", r"\1", plain(gold[:LONGEST + 1]).strip())  # $18$
     text = re.sub(r"^(-?)\(([^()]*)\)$", r"\1\2", text.strip())  # -(1/3)
     match = NUMBER.match(text)
