@@ -17,8 +17,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from evaluation import judge
 from evaluation.answers import answer_files, places
 from evaluation.figures import draw_accuracy
@@ -46,50 +44,13 @@ from model import Qwen2
 from plumbing.files import write_rows, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory, model_folder
 from plumbing.latex import ungraded
-from rewards import SCORERS, build_prompt, extract_answer, has_format, is_correct
-from rollout import generate, room_for
+from rewards import SCORERS, answer_rows, build_prompt, extract_answer, grade
+from rollout import room_for, sample_answers
 
 YES_OR_NO = (*SCORERS, "format", "leakage")  # measures that are true or false of an answer
 
 
 # ------------------------------------------------------------------ answers and their grades
-
-def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512,
-                   seed=0, step=0, max_rows=256, prompt_keys=None, progress="evaluate"):
-    """Sample `samples` answers to every problem: a Rollout.
-
-    Draws depend on (seed, step, the problem's index or its key, sample, position) alone. progress:
-    as in `generate`.
-    """
-    prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
-    return generate(model, prompts, samples, room_for(model, prompts, max_new_tokens), temperature,
-                    top_p, seed, step, prompt_keys, max_rows=max(max_rows, samples),
-                    progress=progress)
-
-
-def answer_rows(rollout, problems, tokenizer):
-    """The answers of a rollout as rows: dicts with problem (its id), sample, text, n_tokens and
-    finished. problems[p] is the problem that prompt p asks."""
-    return [{"problem": problem.id, "sample": g, "n_tokens": len(ids), "finished": finished,
-             "text": tokenizer.decode(ids, skip_special_tokens=True)}
-            for problem, *group in zip(problems, rollout.completions, rollout.finished)
-            for g, (ids, finished) in enumerate(zip(*group))]
-
-
-def grade(rows, problems, scorers=("strict", "flexible"), progress=None):
-    """The rows of `answer_rows`, each with its gold, the verdict of every scorer, and format.
-
-    problems: all that the rows answer, in any order. progress: the label of a bar, or None.
-    """
-    gold_of = {problem.id: problem.gold for problem in problems}
-
-    def graded(row):
-        text, gold, finished = row["text"], gold_of[row["problem"]], row["finished"]
-        verdicts = {scorer: is_correct(text, gold, scorer, finished=finished) for scorer in scorers}
-        return row | {"gold": gold, **verdicts, "format": has_format(text, gold, finished=finished)}
-    return [graded(row) for row in tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
-                                        disable=progress is None)]
-
 
 def grade_fully(rows, problems):
     """As `grade`, with every scorer that fits the set, the answer as text, and its style."""

@@ -11,8 +11,9 @@ Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference
 Where to fork   another architecture: `Layer` holds what is particular to Qwen2.5; ARCHITECTURE in
                 plumbing/hub.py names what `from_pretrained` accepts.
 
-Axis letters: N flat tokens, M completion tokens among them, C model width, H query heads,
-K key/value heads, D head width, V vocabulary.
+Axis letters: N flat tokens, M completion tokens among them (within the head's loop: those of one
+chunk), C model width, H query heads, K key/value heads, D head width, V vocabulary; inside
+attention B sequences, T their own tokens, J the tokens they see.
 """
 import argparse
 from itertools import accumulate
@@ -96,8 +97,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.mlp = MLP(c)
 
-    def forward(self, x, rotary, attend, layer):
-        return self.after(x, attend(layer, *self.before(x, rotary)))
+    def forward(self, x, rotary, attend, number):
+        return self.after(x, attend(number, *self.before(x, rotary)))
 
     def before(self, x, rotary):
         return self.self_attn.queries_keys_values(self.input_layernorm(x), rotary)
@@ -122,7 +123,8 @@ def rotate(x, rotary):
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 (arXiv:2412.15115). Where the hub has q, k and v, or gate and up, it has one.
+    """Qwen2.5 (arXiv:2412.15115). q, k and v are one matrix here, gate and up another
+    (plumbing/hub.py converts from the hub's separate ones).
 
     config         dict, the fields of a hub `config.json`
     compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
@@ -147,7 +149,7 @@ class Qwen2(nn.Module):
         self.n_real_ids = c["vocab_size"]
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
-        self.kept_samplers = {}  # rollout.py's, on CUDA
+        self.kept_samplers = {}  # of plumbing/engine.py, on CUDA
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -178,11 +180,11 @@ class Qwen2(nn.Module):
         c = self.config
         x = F.embedding(ids_N, self.model["embed_tokens"].weight).to(self.compute_dtype)
         rotary = rotary_table(positions_N, c["head_dim"], c["rope_theta"], self.compute_dtype)
-        for layer, block in enumerate(self.model["layers"]):
+        for number, layer in enumerate(self.model["layers"]):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, attend, layer, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, attend, number, use_reentrant=False)
             else:
-                x = block(x, rotary, attend, layer)
+                x = layer(x, rotary, attend, number)
         return self.model["norm"](x)
 
     @property
@@ -195,16 +197,16 @@ class Qwen2(nn.Module):
         """(N, V) in the dtype of `hidden_NC`."""
         return F.linear(hidden_NC, self.head_weight.to(hidden_NC.dtype))
 
-    def log_probs(self, hidden_NC, temperature=1.0, weight_VC=None):
+    def log_probs(self, hidden_NC, temperature=1.0, head_VC=None):
         """log softmax(logits / temperature) over the real tokens: (N, n_real_ids) fp32, nats.
 
         The one definition of probability: the sampler, the old, new and reference policy and the
-        entropy all come from here. weight_VC: the head's real rows in the dtype of `hidden_NC`,
+        entropy all come from here. head_VC: the head's real rows in the dtype of `hidden_NC`,
         where the caller has them at hand.
         """
-        if weight_VC is None:
-            weight_VC = self.head_weight[:self.n_real_ids].to(hidden_NC.dtype)
-        logits = F.linear(hidden_NC, weight_VC).float()
+        if head_VC is None:
+            head_VC = self.head_weight[:self.n_real_ids].to(hidden_NC.dtype)
+        logits = F.linear(hidden_NC, head_VC).float()
         return F.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1)
 
     def completion_log_probs(self, batch, temperature=1.0, entropy=False):
@@ -234,7 +236,8 @@ class Qwen2(nn.Module):
         with torch.enable_grad():
             hidden_MC = self.predicting_states(batch)
         logps, entropies, gradients = [], [], []
-        for chunk, logp_MV, weight_VC in self.head_in_chunks(batch, hidden_MC, temperature):
+        # the head works on a detached hidden_MC, whose gradient is put together here by hand
+        for chunk, logp_MV, head_VC in self.head_in_chunks(batch, hidden_MC, temperature):
             target_M1 = batch.target_M[chunk, None]
             logps.append(logp_MV.gather(1, target_M1).squeeze(1))
             if entropy:
@@ -242,7 +245,7 @@ class Qwen2(nn.Module):
             g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
             logit_gradient_MV = logp_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1)
             gradients.append(self.head_backward(logit_gradient_MV, hidden_MC.detach()[chunk],
-                                                weight_VC))
+                                                head_VC))
         hidden_MC.backward(torch.cat(gradients))
         return torch.cat(logps), torch.cat(entropies) if entropy else None
 
@@ -254,14 +257,14 @@ class Qwen2(nn.Module):
     @torch.no_grad()
     def head_in_chunks(self, batch, hidden_MC, temperature):
         """Yields a slice of M, its log-probabilities (M, V) and the head's weights (V, C)."""
-        weight_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
+        head_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
         chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
         for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
-            logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, weight_VC)
-            yield chunk, logp_MV, weight_VC
+            logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, head_VC)
+            yield chunk, logp_MV, head_VC
 
     @torch.no_grad()
-    def head_backward(self, gradient_MV, hidden_MC, weight_VC):
+    def head_backward(self, gradient_MV, hidden_MC, head_VC):
         """Add the head's gradient to the fp32 one of its weight; return that of its input, (M, C).
         """
         gradient_MV = gradient_MV.to(hidden_MC.dtype)
@@ -272,7 +275,7 @@ class Qwen2(nn.Module):
             total_VC.addmm_(gradient_MV.T, hidden_MC)
         else:
             total_VC += gradient_MV.T @ hidden_MC
-        return gradient_MV @ weight_VC
+        return gradient_MV @ head_VC
 
     def compile_layers(self):
         """Compile what lies around attention; the sampler's copy stays as it is.
@@ -358,10 +361,15 @@ def gradient_of(loss, logp_M, chunk):
 class PaddedSequences:
     """Index tensors that view flat tokens as padded sequences, inside attention only.
 
-    Sequence i asks with its own tokens (rows `start … start + length` of the flat axis), and sees
-    the tokens of its prefix followed by its own up to the one that asks. Without the prefix
-    arguments no sequence has a prefix. All four are lists of ints, so that nothing here waits for
-    a GPU.
+    Sequence b has queries, its own tokens: `start … start + length` on the flat axis. Each query
+    sees the whole prefix of its sequence, and the sequence's own tokens up to itself. One prompt of
+    three tokens with completions of two and one, on the flat axis p0 p1 p2 c0 c1 d0:
+
+        query_BT  c0 c1       key_BJ  p0 p1 p2 c0 c1      (a repeated last token pads: c0 sees
+                  d0 d0               p0 p1 p2 d0 d0       p0 p1 p2 c0, and not the pad)
+
+    starts, lengths: lists of ints, so that nothing here waits for a GPU. prefix_starts,
+    prefix_lengths: the same for the prefixes; without them no sequence has a prefix.
     """
 
     def __init__(self, starts, lengths, prefix_starts=None, prefix_lengths=None, device="cpu"):
@@ -371,15 +379,15 @@ class PaddedSequences:
         t_T = torch.arange(max(lengths), device=device)
         last_B1 = column([max(s + n - 1, 0) for s, n in zip(starts, lengths)])
         self.query_BT = torch.minimum(start_B1 + t_T, last_B1)
-        self.key_BJ, self.mask = self.query_BT, None
-        if prefix_starts is not None:
+        self.key_BJ, self.mask, self.has_prefix = self.query_BT, None, prefix_starts is not None
+        if self.has_prefix:
             prefix_B1 = column(prefix_lengths)
             j_J = torch.arange(max(map(sum, zip(prefix_lengths, lengths))), device=device)
             own_BJ = torch.minimum(start_B1 + j_J - prefix_B1, last_B1)
             self.key_BJ = torch.where(j_J < prefix_B1, column(prefix_starts) + j_J, own_BJ)
             self.visible_BTJ = j_J <= prefix_B1[:, :, None] + t_T[:, None]
-        self.place_N = torch.tensor([b * len(t_T) + t for b, n in enumerate(lengths)
-                                     for t in range(n)], dtype=torch.int64, device=device)
+        self.unpad = torch.tensor([b * len(t_T) + t for b, n in enumerate(lengths)
+                                   for t in range(n)], dtype=torch.int64, device=device)
 
     def attend(self, q_NHD, k_NKD, v_NKD):
         """Attention of these sequences' own tokens, flat again: (their number, H, D)."""
@@ -388,7 +396,7 @@ class PaddedSequences:
         q = q_NHD.index_select(0, self.query_BT.flatten()).view(B, T, H, D).transpose(1, 2)
         k = k_NKD.index_select(0, self.key_BJ.flatten()).view(B, J, K, D).transpose(1, 2)
         v = v_NKD.index_select(0, self.key_BJ.flatten()).view(B, J, K, D).transpose(1, 2)
-        if self.key_BJ is self.query_BT:  # padding comes last, so causal order alone hides it
+        if not self.has_prefix:  # padding comes last, so causal order alone hides it
             k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
             out_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # heads that share keys are stacked along T: torch's fast kernels take no mask
@@ -397,7 +405,7 @@ class PaddedSequences:
             mask = self.stacked_mask(H // K, q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out_BHTD = out.reshape(B, H, T, D)  # no view: CUDA's lies in memory as (B, hT, K, D)
-        return out_BHTD.transpose(1, 2).reshape(B * T, H, D).index_select(0, self.place_N)
+        return out_BHTD.transpose(1, 2).reshape(B * T, H, D).index_select(0, self.unpad)
 
     def stacked_mask(self, h, dtype):
         """The additive mask (B, 1, h·T, J), made once for all layers; rows start at multiples of 8

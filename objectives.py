@@ -1,4 +1,4 @@
-"""Group advantages, surrogate objectives, reduction weights and diagnostics: pure tensors.
+"""Group advantages, objectives, reduction weights and diagnostics: pure tensors.
 
 What it does    turns rewards into advantages, and log-probabilities into a loss. An objective is a
                 function of (ratio, advantage), token by token; how tokens are averaged is a
@@ -83,7 +83,8 @@ def clip(ratio, advantage, epsilon_low=0.2, epsilon_high=0.2):
 
 
 def noclip(ratio, advantage):
-    """The plain surrogate r·A of conservative policy iteration (arXiv:1707.06347, Eq. 6)."""
+    """No clip, no smoothing: r·A (the surrogate of conservative policy iteration, arXiv:1707.06347,
+    Eq. 6)."""
     return ratio * advantage
 
 
@@ -101,7 +102,8 @@ def cispo(ratio, advantage, ratio_max=5.0):
 def sapo(ratio, advantage, tau_positive=1.0, tau_negative=1.05):
     """Soft gates: σ(τ·(r − 1))·4/τ·A, one τ for A > 0 and one for the rest.
 
-    arXiv:2511.20347. Its gradient is r·4·σ·(1 − σ) times that of log π: largest about r = 1.
+    arXiv:2511.20347. Its weight on A·∇log π is 4σ(1 − σ)·r; the gate 4σ(1 − σ) is 1 at
+    r = 1 and falls on both sides.
     """
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"tau_positive is {tau_positive}, tau_negative is {tau_negative}; "
@@ -161,8 +163,8 @@ def policy_loss(logp_M, old_logp_M, advantage_M, weight_M, sequence_M, objective
     logp_M, old_logp_M: (M,) float, nats, of the sampled tokens; gradient flows through the first.
     advantage_M: (M,) float. weight_M: (M,) float, fixed for the whole optimizer step, so that
         losses of micro-batches add up to the loss of the step.
-    sequence_M: (M,) int, the number of the completion that a token belongs to. A completion is here
-        with all its tokens.
+    sequence_M: (M,) int, the number of the completion that a token belongs to. For ratio_level
+        "sequence" every completion must be here with all its tokens.
     objective: (ratio_M, advantage_M) -> (M,), e.g. functools.partial(pspo, alpha=0.1).
     ratio_level: "token", or "sequence": every token of a completion has the geometric mean of the
         ratios of all its tokens (GSPO, arXiv:2507.18071, Eq. 7, which goes with `clip`, reduction
@@ -193,6 +195,8 @@ def check_tokens(ratio_level, **tensors):
 def kl_k3(logp_p, logp_q):
     """Estimate KL(p‖q) at tokens drawn from p: q/p − log(q/p) − 1 ≥ 0, elementwise, nats.
 
+    The estimator that Schulman's note on approximating KL calls k3.
+
     arXiv:2402.03300, Eq. 4. Unbiased when the tokens were drawn from p. `expm1` keeps the digits
     that exp(x) − 1 would lose for policies as close as those of one rollout.
     """
@@ -216,7 +220,7 @@ def quantile(x_M, *shares):
 
 @torch.no_grad()
 def ratio_diagnostics(log_ratio_M, advantage_M, weight_M):
-    """Describe the importance ratios of M tokens: a dict of floats, by the names of the glossary.
+    """Describe the importance ratios of M tokens: a dict of floats (docs/metrics.md says of what).
 
     With ε = DIAGNOSTIC_EPSILON, `ratio_outside` is the share of tokens with |r − 1| > ε, and
     `clip_removed` the share of Σ weight·|A|·r on tokens where a clip at ε has no gradient.

@@ -18,6 +18,8 @@ import re
 import sys
 from decimal import Decimal
 
+from tqdm import tqdm
+
 from plumbing.latex import BOXED, LONGEST_LATEX, bare, braced, compare_latex
 from plumbing.number import (
     LONGEST,
@@ -218,6 +220,32 @@ def latex_answer(text, scorer, finished=True):
         else:
             answer = extract_answer(text) or ""
     return answer if 0 < len(answer) <= LONGEST_LATEX else None
+
+
+# ---------------------------------------------------------------------------------- a rollout
+
+def answer_rows(rollout, problems, tokenizer):
+    """The answers of a rollout as rows: dicts with problem (its id), sample, text, n_tokens and
+    finished. problems[p] is the problem that prompt p asks."""
+    return [{"problem": problem.id, "sample": g, "n_tokens": len(ids), "finished": finished,
+             "text": tokenizer.decode(ids, skip_special_tokens=True)}
+            for problem, *group in zip(problems, rollout.completions, rollout.finished)
+            for g, (ids, finished) in enumerate(zip(*group))]
+
+
+def grade(rows, problems, scorers=("strict", "flexible"), progress=None):
+    """The rows of `answer_rows`, each with its gold, the verdict of every scorer, and format.
+
+    problems: all that the rows answer, in any order. progress: the label of a bar, or None.
+    """
+    gold_of = {problem.id: problem.gold for problem in problems}
+
+    def graded(row):
+        text, gold, finished = row["text"], gold_of[row["problem"]], row["finished"]
+        verdicts = {scorer: is_correct(text, gold, scorer, finished=finished) for scorer in scorers}
+        return row | {"gold": gold, **verdicts, "format": has_format(text, gold, finished=finished)}
+    return [graded(row) for row in tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
+                                        disable=progress is None)]
 
 
 # ---------------------------------------------------------------------------------- run alone

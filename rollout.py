@@ -1,8 +1,8 @@
-"""Sampling: G completions for each of P prompts; and the flat batch that training scores.
+"""Sampling: G completions for each of P prompts; and the flat batch that training runs on.
 
 What it does    `sample_slowly` says what sampling is: one completion after the other, every token
                 from a forward pass over the whole text. `generate` gives the same completions, fast
-                (see there). `flat_batch` lays prompts and completions end to end for scoring, each
+                (see there). `flat_batch` lays prompts and completions end to end for training, each
                 prompt once for its whole group.
 Not here        the network (model.py), the fast sampler's cache (plumbing/engine.py), what a good
                 completion is (rewards.py).
@@ -10,7 +10,7 @@ Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is t
 Where to fork   `sample` chooses the next token, for both samplers: add min-p or top-k there.
 
 Axis letters: P prompts, G completions per prompt, R rows (completions in flight), N flat tokens,
-M completion tokens among them, T positions, V vocabulary, D draws for one token.
+M completion tokens among them, T positions, V vocabulary, U uniform numbers for one token.
 """
 import argparse
 import time
@@ -23,9 +23,10 @@ from tqdm import tqdm
 from model import SharedPromptAttention
 from plumbing.engine import sampler_for
 from plumbing.settings import check_sampling
+from rewards import build_prompt
 
-SORT_BELOW = 0.9  # chosen: a smaller top-p sorts; from here on 8 draws almost always suffice:
-MAX_DRAWS = 8  # each misses the nucleus with probability ≤ 0.1, all of them with ≤ 1e-8
+SORT_BELOW = 0.9  # chosen: a smaller top-p sorts, a larger one redraws
+MAX_DRAWS = 8  # a draw misses a nucleus of 0.9 or more with probability ≤ 0.1, eight with ≤ 1e-8
 
 
 # ------------------------------------------------------------------ sampling completions
@@ -55,15 +56,15 @@ def sample_slowly(model, prompts, group_size=1, max_new_tokens=128, temperature=
         key = p if prompt_keys is None else prompt_keys[p]
         for g in range(group_size):
             ids, logps = [], []
-            u_TD = numbers_for(seed, step, torch.tensor([key]), torch.tensor([g]), max_new_tokens,
+            u_TU = uniforms_for(seed, step, torch.tensor([key]), torch.tensor([g]), max_new_tokens,
                                top_p)[0].to(model.device)
             for t in range(max_new_tokens):
                 text_N = torch.tensor(prompt + ids, device=model.device)
-                attend = SharedPromptAttention([len(text_N)], [[]], model.device)
+                attend = SharedPromptAttention([len(text_N)], [[]], model.device)  # one sequence
                 with torch.no_grad():
                     hidden_NC = model(text_N, torch.arange(len(text_N)).to(model.device), attend)
-                    logp_1V = model.log_probs(hidden_NC[-1:], temperature or 1.0)
-                ids.append(sample(logp_1V, temperature, top_p, u_TD[t:t + 1]).item())
+                    logp_1V = model.log_probs(hidden_NC[-1:], temperature or 1.0)  # 0: greedy
+                ids.append(sample(logp_1V, temperature, top_p, u_TU[t:t + 1]).item())
                 logps.append(logp_1V[0, ids[-1]].item())
                 if ids[-1] in model.stop_ids:
                     break
@@ -118,15 +119,15 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             progress(n_ended, tokens_of_ended, tokens_of_others)
     on = torch.cuda.device(model.device) if model.on_cuda else nullcontext()
 
-    def choose(logp_RV, u_RD):
-        return sample(logp_RV, temperature, top_p, u_RD)
+    def choose(logp_RV, u_RU):
+        return sample(logp_RV, temperature, top_p, u_RU)
 
-    def numbers(key_R, sample_R):
-        return numbers_for(seed, step, key_R, sample_R, max_new_tokens, top_p)
+    def uniforms(key_R, sample_R):
+        return uniforms_for(seed, step, key_R, sample_R, max_new_tokens, top_p)
     with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
                               max_rows, n_draws(top_p), choose)
-        completions = sampler.run(prompts, keys, numbers, report)
+        completions = sampler.run(prompts, keys, uniforms, report)
     bar.close()
     return rollout_of(prompts, completions, group_size, time.perf_counter() - began)
 
@@ -140,29 +141,44 @@ def room_for(model, prompts, max_new_tokens):
     return min(max_new_tokens, model.context - longest)
 
 
+def sample_answers(model, problems, samples=1, temperature=0.0, top_p=1.0, max_new_tokens=512,
+                   seed=0, step=0, max_rows=256, prompt_keys=None, progress="evaluate"):
+    """Sample `samples` answers to every problem: a Rollout.
+
+    Draws depend on (seed, step, the problem's index or its key, sample, position) alone. progress:
+    as in `generate`.
+    """
+    prompts = [build_prompt(model.tokenizer, problem) for problem in problems]
+    return generate(model, prompts, samples, room_for(model, prompts, max_new_tokens), temperature,
+                    top_p, seed, step, prompt_keys, max_rows=max(max_rows, samples),
+                    progress=progress)
+
+
 # ------------------------------------------------------------------ drawing one token
 
-def uniform(seed, step, prompt_R, sample_R, position, draw):
-    """A number in [0, 1 − 2⁻²⁴] per row, a hash of its six counters: (R,) fp32.
+def uniform(seed, step, prompt, sample, position, draw):
+    """Numbers in [0, 1 − 2⁻²⁴], fp32, each a hash of six counters, ints or int64 tensors (at least
+    `prompt`) that broadcast to one shape.
 
-    Nothing else decides it: not the batch a row runs in, nor its slot, nor earlier draws. Rounds
-    are the 64-bit finaliser of SplitMix (Steele, Lea, Flood 2014), in wrapping int64 arithmetic.
+    Nothing else decides a number: not the batch a row runs in, nor its slot, nor earlier draws.
+    Rounds are the 64-bit finaliser of SplitMix (Steele, Lea, Flood 2014), in wrapping int64
+    arithmetic.
     """
     def mix(x):
         x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as int64
         x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB as int64
         return x ^ (x >> 31 & 2**33 - 1)
 
-    state = torch.zeros_like(prompt_R)
-    for counter in (seed, step, prompt_R, sample_R, position, draw):
+    state = torch.zeros_like(prompt)
+    for counter in (seed, step, prompt, sample, position, draw):
         state = mix((state ^ counter) - 0x61C8864680B583EB)  # + 0x9E3779B97F4A7C15 as int64
     return (state >> 40 & 2**24 - 1).float() * 2**-24
 
 
-def numbers_for(seed, step, key_R, sample_R, max_new_tokens, top_p):
-    """The numbers behind all draws of these rows: (R, T, D), T = max_new_tokens. See `uniform`."""
-    t_T1, draw_D = (torch.arange(n, device=key_R.device) for n in (max_new_tokens, n_draws(top_p)))
-    return uniform(seed, step, key_R[:, None, None], sample_R[:, None, None], t_T1[:, None], draw_D)
+def uniforms_for(seed, step, key_R, sample_R, max_new_tokens, top_p):
+    """The numbers behind all draws of these rows: (R, T, U), T = max_new_tokens. See `uniform`."""
+    t_T1, draw_U = (torch.arange(n, device=key_R.device) for n in (max_new_tokens, n_draws(top_p)))
+    return uniform(seed, step, key_R[:, None, None], sample_R[:, None, None], t_T1[:, None], draw_U)
 
 
 def inverse_cdf(cdf_RV, u_R):
@@ -176,24 +192,24 @@ def inverse_cdf(cdf_RV, u_R):
     return torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
 
 
-def sample(logp_RV, temperature, top_p, u_RD):
+def sample(logp_RV, temperature, top_p, u_RU):
     """Choose the next token of each row: (R,) int64.
 
     logp_RV: (R, V) fp32 log-probabilities, already at this temperature; 0 takes the likeliest.
     top_p: draw from the nucleus, the smallest set of likeliest tokens whose mass reaches top_p
         (arXiv:1904.09751): those whose strictly likelier tokens hold less than top_p. A small
         top_p masks the others after a sort; a large one redraws until a token is inside.
-    u_RD: (R, n_draws(top_p)) numbers in [0, 1), see `uniform`.
+    u_RU: (R, n_draws(top_p)) numbers in [0, 1), see `uniform`.
     """
     if temperature == 0:
         return logp_RV.argmax(-1)
     prob_RV = logp_RV.exp()
     if top_p >= SORT_BELOW:
-        return draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RD)
+        return draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)
     sorted_RV = prob_RV.sort(-1, descending=True).values
     n_inside_R1 = (sorted_RV.cumsum(-1) - sorted_RV < top_p).sum(-1, keepdim=True)
     smallest_R1 = sorted_RV.gather(1, n_inside_R1 - 1)
-    return inverse_cdf((prob_RV * (prob_RV >= smallest_R1)).cumsum(-1), u_RD[:, 0])
+    return inverse_cdf((prob_RV * (prob_RV >= smallest_R1)).cumsum(-1), u_RU[:, 0])
 
 
 def n_draws(top_p):
@@ -201,14 +217,15 @@ def n_draws(top_p):
     return MAX_DRAWS if SORT_BELOW <= top_p < 1 else 1
 
 
-def draw(prob_RV, cdf_RV, top_p, u_RD):
-    """Draw; where the token is outside the nucleus draw again, from a quarter of the rows.
+def draw(prob_RV, cdf_RV, top_p, u_RU):
+    """Draw a token for each row; rows whose token is outside the nucleus draw again.
 
-    At top_p ≥ 0.9 a draw fails for a tenth of the rows, so their quarter (and 8 more: a small
-    batch has larger fluctuations) holds all of them but for one case in 10⁸. Its shape is fixed,
-    so nobody waits to learn their number. What fails to the end takes the likeliest token.
+    At top_p ≥ 0.9 at most a tenth of the rows fail on average. A quarter of all rows, plus 8 since
+    a small batch has larger fluctuations, holds the failed ones but for one case in 10⁸. The size
+    of this part is fixed, so that the CPU never waits for the GPU to count them. A row that fails
+    every time takes the likeliest token.
     """
-    token_R = inverse_cdf(cdf_RV, u_RD[:, 0])
+    token_R = inverse_cdf(cdf_RV, u_RU[:, 0])
     if top_p >= 1:
         return token_R
     likelier_RV = torch.where(prob_RV > prob_RV.gather(1, token_R[:, None]), prob_RV, 0)
@@ -216,18 +233,18 @@ def draw(prob_RV, cdf_RV, top_p, u_RD):
     if not outside_R.is_cuda and not outside_R.any():  # on CUDA asking would cost a wait
         return token_R
     token_R = torch.where(outside_R, prob_RV.argmax(-1), token_R)
-    if u_RD.shape[1] > 1:
-        again = outside_R.float().topk(min(len(u_RD), len(u_RD) // 4 + 8)).indices
-        drawn = draw(prob_RV[again], cdf_RV[again], top_p, u_RD[again, 1:])
+    if u_RU.shape[1] > 1:
+        again = outside_R.float().topk(min(len(u_RU), len(u_RU) // 4 + 8)).indices
+        drawn = draw(prob_RV[again], cdf_RV[again], top_p, u_RU[again, 1:])
         token_R[again] = torch.where(outside_R[again], drawn, token_R[again])
     return token_R
 
 
-# ------------------------------------------------------------------ the batch that training scores
+# ------------------------------------------------------------------ the batch of training
 
 @dataclass
 class FlatBatch:
-    """Whole groups end to end, each prompt once: N tokens for the body, M of them scored."""
+    """Whole groups end to end, each prompt once: N tokens for all layers, M for the output head."""
     ids_N: torch.Tensor
     positions_N: torch.Tensor
     attend: SharedPromptAttention
@@ -248,7 +265,7 @@ class FlatBatch:
 
 
 def flat_batch(prompts, completions, device="cpu"):
-    """Lay P prompts and their completions end to end for scoring: a FlatBatch.
+    """Lay P prompts and their completions end to end, for their log-probabilities: a FlatBatch.
 
     prompts: P lists of ids; completions: P lists of lists of ids (group sizes may differ).
     A completion's first token is predicted by the last token of the prompt it shares.
@@ -262,6 +279,7 @@ def flat_batch(prompts, completions, device="cpu"):
         for completion in group:
             n = len(completion)
             positions += range(len(prompt), len(prompt) + n)
+            # the prompt's last token predicts token 0, token k − 1 predicts token k
             predictor += [prompt_end - 1, *range(start, start + n - 1)][:n]
             sequence += [len(lengths)] * n
             lengths.append(n)

@@ -34,13 +34,13 @@ def tensor(*values):
 
 
 def gradient(objective, ratio, advantage):
-    """d objective / d ratio, elementwise."""
+    """d objective / d ratio, elementwise (times the ratio it is the README's weight)."""
     ratio = ratio.clone().requires_grad_()
     return torch.autograd.grad(objective(ratio, advantage).sum(), ratio)[0]
 
 
 def random_policies(n, size, seed):
-    """n pairs of categorical distributions over `size` tokens, sharp and flat ones among them."""
+    """(2, n, size): two stacks of n distributions over `size` tokens, sharp and flat among them."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, n, size, generator=generator, dtype=torch.float64)
     return (logits * torch.linspace(0.1, 6, n, dtype=torch.float64)[:, None]).softmax(-1)
@@ -314,7 +314,7 @@ def trajectory(optimizer_class, objective, learning_rate, n_rollouts=20, epochs=
 
 def test_alpha_is_a_learning_rate_factor_under_sgd_and_almost_nothing_under_adamw():
     # AdamW divides the gradient by its own running size, so a constant factor cancels, up to its
-    # eps of 1e-8. SGD does not: its steps shrink by α.
+    # δ (torch's eps) of 1e-8. SGD does not: its steps shrink by the factor 1 − α.
     adamw = partial(torch.optim.AdamW, weight_decay=0.0)
     distances = {}
     for name, optimizer, learning_rate in (("sgd", torch.optim.SGD, 0.1), ("adamw", adamw, 1e-3)):
@@ -328,8 +328,8 @@ def test_alpha_is_a_learning_rate_factor_under_sgd_and_almost_nothing_under_adam
 
 
 def test_adamw_with_alpha_is_adamw_with_a_larger_epsilon():
-    # Its step is η·m/(√v + ε), m a mean of gradients, v one of their squares. With c = 1 − α before
-    # the gradient that is η·c·m/(c·√v + ε) = η·m/(√v + ε/c): of α only ε/c is left.
+    # Its step is η·m/(√v + δ), m a mean of gradients, v one of their squares. With c = 1 − α before
+    # the gradient that is η·c·m/(c·√v + δ) = η·m/(√v + δ/c): of α only δ/c is left.
     def adamw(epsilon):
         return partial(torch.optim.AdamW, weight_decay=0.0, eps=epsilon)
     for alpha in (0.1, 0.5, 0.9):
@@ -337,7 +337,7 @@ def test_adamw_with_alpha_is_adamw_with_a_larger_epsilon():
         plain = trajectory(adamw(1e-4), noclip, 1e-3)
         same = trajectory(adamw(1e-4 / (1 - alpha)), noclip, 1e-3)
         torch.testing.assert_close(smoothed, same, rtol=1e-9, atol=1e-11)
-        assert (smoothed - plain).abs().max() > 1e-5  # with an ε of 1e-4 α is not nothing
+        assert (smoothed - plain).abs().max() > 1e-5  # with a δ of 1e-4 α is not nothing
 
 
 def test_sgd_with_alpha_is_sgd_with_a_smaller_learning_rate():

@@ -15,10 +15,11 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives
      paper` is the authors'.
   2. top-p truncates the distribution that is sampled from; ratio and log-probabilities use the
      full softmax.
-  3. With β = 0 a group whose rewards are all equal is not scored or trained on, since its gradient
-     is zero; its tokens stay in the divisor. A minibatch of only such groups makes no optimizer
+  3. With β = 0 a group whose rewards are all equal is left out of the update, since its gradient is
+     zero; its tokens stay in the divisor. A minibatch of only such groups makes no optimizer
      step, while the schedule advances. (AdamW would still move by its momentum.)
-  4. Old log-probabilities are computed by the trainer, not taken from the sampler.
+  4. Old log-probabilities are computed by the trainer, not taken from the sampler: the sampler
+     rounds differently, and that difference would look like a ratio (`sampler_gap` is logged).
   5. The weights are fp32 masters; bf16 is a dtype of computation only (logits included; their
      softmax is fp32).
   6. Prompts use our own system instruction.
@@ -34,7 +35,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from evaluate import answer_rows, grade, sample_answers
 from objectives import (
     group_advantages,
     kl_k3,
@@ -57,8 +57,8 @@ from plumbing.run import (
     stop_on_signals,
 )
 from plumbing.settings import chosen_objective, read_settings
-from rewards import reward
-from rollout import FlatBatch, Rollout, flat_batch, generate
+from rewards import answer_rows, grade, reward
+from rollout import FlatBatch, Rollout, flat_batch, generate, sample_answers
 
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
 
@@ -68,16 +68,18 @@ def train(args, folder, stopping=()):
 
     args, folder: as `read_settings` gives them. stopping: a list that a signal handler fills with
     the signals that came. Returns the exit code: 0, or 130 (Ctrl-C) and 143 (SIGTERM).
+
+    `run` holds model, policy (what samples: the model itself, a whole copy only with --fsdp),
+    reference (the start model, only with --beta), optimizer; problems and prompts (their token
+    ids), validation (problems); state (counters), step, last (the step to end with), stopped.
     """
-    run = begin(args, folder, stopping)  # a new model, or where --resume finds the run
+    run = begin(args, folder, stopping)  # anew, or where --resume finds it; completes args.device
     with explained(run, args):
         if run.validating and not run.resumed:  # step 0: how good is the model we start from?
             record(run, args, 0, validate(run, args))
         for step in range(run.step + 1, run.last + 1):
             if run.stopped:
                 break
-            lap = Laps(args.device)
-
             # sample: G answers to each of P problems
             chosen = prompt_order(len(run.problems), args.prompts_per_step, step, args.seed)
             problems = [run.problems[i] for i in chosen]
@@ -93,9 +95,9 @@ def train(args, folder, stopping=()):
 
             # update: several optimizer steps on these same answers
             minibatches = lay_out(rollout, advantage_PG, args, run.model.device)
-            lap("grade_s")
+            lap = Laps(args.device)
             seen = remember_old_policy(run, minibatches, args)
-            lap("score_s")
+            lap("old_logp_s")
             update(run, minibatches, args, seen)
             lap("update_s")
 
@@ -115,16 +117,13 @@ def train(args, folder, stopping=()):
 def sample(run, args, step, chosen):
     """The rollout of the chosen problems (indices). Each process samples every n-th group; all
     processes get all groups."""
-    mine = chosen[parallel.rank()::parallel.n_processes()]
-    rollout = Rollout([], [], [], [], 0.0)
+    mine, rollout = chosen[parallel.rank()::parallel.n_processes()], Rollout([], [], [], [], 0.0)
     if mine:
         rollout = generate(run.policy, [run.prompts[i] for i in mine], args.group_size,
                            args.max_new_tokens, args.temperature, args.top_p, args.seed, step,
                            prompt_keys=mine, max_rows=args.rollout_rows,
                            progress=None if parallel.rank() else "sampling")
-    parts = parallel.gather((rollout.prompts, rollout.completions, rollout.logps,
-                             rollout.finished))
-    return Rollout(*map(parallel.interleave, zip(*parts)), max(parallel.gather(rollout.seconds)))
+    return parallel.with_all_groups(rollout)
 
 
 def score(rollout, problems, tokenizer, args, step):
@@ -176,11 +175,11 @@ class MicroBatch:
 def lay_out(rollout, advantage_PG, args, device):
     """The minibatches of a rollout, each a list of micro-batches; built once, used every epoch.
 
-    A token's weight is that of all completions of its minibatch. Groups without advantages are
-    left out afterwards (deviation 3); each process takes every n-th of the other groups, and fills
-    micro-batches with them up to `tokens_per_microbatch`.
+    The weight of a token counts all completions of its minibatch, also those of groups that are
+    left out because their rewards are equal (deviation 3). Of the other groups each process takes
+    every n-th, and fills micro-batches with them up to `tokens_per_microbatch`.
     """
-    n, minibatches = len(rollout.prompts) // args.minibatches, []
+    minibatches, n = [], len(rollout.prompts) // args.minibatches  # n groups in a minibatch
     for first in range(0, len(rollout.prompts), n):
         groups = range(first, first + n)
         length_PG = torch.tensor([[len(ids) for ids in rollout.completions[p]] for p in groups])
@@ -212,7 +211,7 @@ def micro_batch(rollout, pack, advantage_PG, weight_PG, device):
 
     def per_token(x_PG):
         return x_PG.flatten().repeat_interleave(length_B).to(device)
-    logps = [x for p in pack for logps in rollout.logps[p] for x in logps]
+    logps = [x for p in pack for completion in rollout.logps[p] for x in completion]
     return MicroBatch(batch, per_token(advantage_PG), per_token(weight_PG),
                       torch.tensor(logps, device=device))
 
@@ -227,8 +226,8 @@ def idle_micro_batch(device):
 
 @dataclass
 class Seen:
-    """What an update leaves for the metrics: tensors over tokens, one of each micro-batch or chunk.
-    """
+    """What an update shows on its way, for the metrics: tensors over the tokens of a micro-batch or
+    a chunk."""
     entropies: list = field(default_factory=list)
     log_ratios: list = field(default_factory=list)  # of the last epoch
     kls: list = field(default_factory=list)         # to the reference
@@ -236,10 +235,11 @@ class Seen:
 
 
 def remember_old_policy(run, minibatches, args):
-    """Give every micro-batch the log-probs of the policy that sampled it, and of the reference.
+    """Store the log-probs of the policy that sampled in every micro-batch, while it is still there.
 
-    With one minibatch the first pass of `backward` runs on that very policy and keeps its
-    log-probs, which saves a pass. Both ways give the same numbers. Returns a Seen.
+    With one minibatch an epoch nothing is stored here: the first pass of `backward` runs on that
+    policy and stores the log-probs then, which saves a pass and gives the same numbers. With --beta
+    also those of the reference. Returns a Seen with the entropies found on the way.
     """
     seen = Seen()
     for micro in (micro for minibatch in minibatches for micro in minibatch):
@@ -259,19 +259,19 @@ def update(run, minibatches, args, seen):
     for epoch in range(args.epochs):
         for minibatch in minibatches:
             run.state["optimizer_steps"] += 1  # the schedule goes on even where nothing is learned
-            if not parallel.any_process(minibatch):
+            if not parallel.any_process(len(minibatch) > 0):
                 run.state["skipped_steps"] += 1
                 continue
             for micro in minibatch:
-                backward(run, micro, objective, args, seen, last=epoch == args.epochs - 1)
+                backward(run, micro, objective, args, seen, keep_ratios=epoch == args.epochs - 1)
             seen.norms.append(optimizer_step(run, args))
     if args.fsdp:
         parallel.refresh(run.policy, run.model)
 
 
-def backward(run, micro, objective, args, seen, last):
-    """Add the gradient of one micro-batch. The output head calls `loss` for a few completions at a
-    time (`chunk`, a slice of M) and adds up the gradients."""
+def backward(run, micro, objective, args, seen, keep_ratios):
+    """Add the gradient of one micro-batch. The output head calls `loss` for a few whole completions
+    at a time (`chunk`, their slice of M) and adds up the gradients."""
     first_pass = micro.old_logp_M is None  # then the model is still the one that sampled
 
     def loss(logp, chunk):
@@ -279,7 +279,7 @@ def backward(run, micro, objective, args, seen, last):
         weight = micro.weight_M[chunk]
         total, log_ratio = policy_loss(logp, old_logp, micro.advantage_M[chunk], weight,
                                        micro.batch.sequence_M[chunk], objective, args.ratio_level)
-        if last:
+        if keep_ratios:
             seen.log_ratios.append(log_ratio)
         if run.reference is not None:
             kl = kl_k3(logp, micro.reference_logp_M[chunk])
@@ -340,7 +340,7 @@ def rollout_metrics(rollout, rows, reward_PG):
 
 def update_metrics(run, minibatches, args, seen, seconds):
     """Of the update, over the tokens that all processes trained on; of ratios, KL, entropy and gaps
-    none where every group was equal. seconds: {"score_s", "update_s"}."""
+    none where every group was equal. seconds: {"old_logp_s", "update_s"}."""
     everything = [micro for minibatch in minibatches for micro in minibatch]
 
     def of_all(tensors):
@@ -351,11 +351,11 @@ def update_metrics(run, minibatches, args, seen, seconds):
         for name in ("old_logp_M", "sampler_logp_M", "advantage_M", "weight_M"))
     log_ratio_M, entropy_M, kl_M = map(of_all, (seen.log_ratios, seen.entropies, seen.kls))
     n_tokens = sum(parallel.gather(sum(len(micro.batch.ids_N) for micro in everything)))
-    n_scored = n_tokens * ((args.minibatches > 1) + (run.reference is not None))
+    n_passes = (args.minibatches > 1) + (run.reference is not None)  # before the update
     metrics = dict(run.state) | {
         "learning_rate": learning_rate(args, run.state["optimizer_steps"]),
-        "score_s": seconds["score_s"], "update_s": seconds["update_s"],
-        "score_tokens_per_s": n_scored / max(seconds["score_s"], 1e-9),
+        "old_logp_s": seconds["old_logp_s"], "update_s": seconds["update_s"],
+        "old_logp_tokens_per_s": n_passes * n_tokens / max(seconds["old_logp_s"], 1e-9),
         "update_tokens_per_s": args.epochs * n_tokens / max(seconds["update_s"], 1e-9),
         "peak_memory_gib": max(parallel.gather(peak_memory_gib(args.device)))}
     if not len(old_M):

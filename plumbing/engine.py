@@ -19,7 +19,7 @@ rows have closed ranks (3 rows, 2 places):
 
 Axis letters: R rows in flight, S seats, P places for prompts, G completions per prompt, N flat
 tokens, T positions (J those of keys), V vocabulary, H query heads, K key/value heads, h = H/K query
-heads that share one, D head width (D also: draws for one token).
+heads that share one, D head width, U uniform numbers for one token.
 """
 from collections import deque
 from types import SimpleNamespace
@@ -159,7 +159,7 @@ def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, 
 
     On CUDA the model keeps its last two samplers, one for training and one for validation, since
     their captured graphs serve the next call of their size. The samplers' weights are refreshed in
-    place. choose(logp_RV, u_RD) -> token_R: the same function of its arguments for one top_p.
+    place. choose(logp_RV, u_RU) -> token_R: the same function of its arguments for one top_p.
     """
     longest = max(map(len, prompts), default=1)
     settings = (*places_for(len(prompts), group_size, max_rows), group_size, max_new_tokens,
@@ -276,11 +276,11 @@ class Sampler:
             self.graphs[size] = graph
         self.graphs[size].replay()
 
-    def run(self, prompts, keys, numbers, report):
+    def run(self, prompts, keys, uniforms, report):
         """All completions of these prompts, group by group: (ids, logps, finished) of each.
 
-        keys: one int a prompt. numbers(key_n, sample_n): (n, T, n_draws), the uniform numbers that
-        `choose` gets for the n rows with these prompts' keys and these numbers in their groups.
+        keys: one int a prompt. uniforms(key_n, sample_n): (n, T, n_draws), the uniform numbers that
+        `choose` gets for the n rows with these prompts' keys and these places in their groups.
         report(rows that ended, their tokens, tokens of the others): called every few tokens.
         """
         self.resize(len(self.places))
@@ -293,7 +293,7 @@ class Sampler:
         self.n_collected, lengths = 0, [0] * len(self.places)
         while self.waiting or self.row_at:
             if self.waiting and len(self.free) >= len(self.places) / REFILL:
-                self.admit(prompts, keys, numbers, lengths)
+                self.admit(prompts, keys, uniforms, lengths)
             running = [lengths[i] for i in self.row_at]
             n_steps = min(LOOK_EVERY, self.T - min(running))
             for _ in range(n_steps):
@@ -306,7 +306,7 @@ class Sampler:
             report(len(done), self.n_collected, sum(lengths[i] for i in self.row_at))
         return [done[row] for row in rows]
 
-    def admit(self, prompts, keys, numbers, lengths):
+    def admit(self, prompts, keys, uniforms, lengths):
         """Give free places to rows that wait, and compute the prompts that are new."""
         rows, new = [], []
         while self.waiting and self.free:
@@ -326,7 +326,7 @@ class Sampler:
                                          *prefill(self.model, [prompts[p] for p in new]))
         at, key, sample_n, seat, token, start = self.tensor(rows).unbind(1)
         for name, x in dict(token=token, start=start, length=0, running=True, finished=False,
-                            seat=seat, u=numbers(key, sample_n)).items():
+                            seat=seat, u=uniforms(key, sample_n)).items():
             getattr(self.rows, name)[at] = x
         self.attention.seat(self.rows.seat, at)
 

@@ -14,6 +14,7 @@ Otherwise the processes wait for each other for ever.
 import datetime
 import gc
 import os
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -79,6 +80,14 @@ def interleave(parts):
     """Undo dealing out in turn: [[a, c], [b, d]], gathered from two processes, is [a, b, c, d]."""
     n = len(parts)
     return [parts[i % n][i // n] for i in range(sum(map(len, parts)))]
+
+
+def with_all_groups(rollout):
+    """The Rollout of every process's groups, in the order of the problems."""
+    parts = gather(rollout)
+    return replace(rollout, seconds=max(part.seconds for part in parts), **{
+        name: interleave([getattr(part, name) for part in parts])
+        for name in ("prompts", "completions", "logps", "finished")})
 
 
 def any_process(flag):

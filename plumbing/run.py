@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from evaluate import answer_problems, sample_answers, summarise
+from evaluate import answer_problems, summarise
 from evaluation.figures import draw_curves
 from model import Qwen2
 from plumbing import parallel
@@ -43,7 +43,7 @@ from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory
 from plumbing.problems import prompt_order, split_problems
 from rewards import build_prompt
-from rollout import flat_batch, generate
+from rollout import flat_batch, generate, sample_answers
 
 HERE = Path(__file__).resolve().parent.parent
 SAMPLE_GROUPS = 1  # chosen: groups per step written to samples.jsonl
@@ -479,7 +479,7 @@ def test_at_the_end(args, folder, test):
 # ------------------------------------------------------------------ measures
 
 class Laps:
-    """A stopwatch: lap("score_s") notes the seconds since the last lap, the device's work done."""
+    """A stopwatch: lap("update_s") notes the seconds since the last lap, the device's work done."""
 
     def __init__(self, device):
         self.device, self.seconds, self.last = device, {}, clock(device)

@@ -48,7 +48,7 @@ def make_parser():
     add = parser.add_argument
     add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny", help="hub name or folder")
     add("--data", default="gsm8k", help="gsm8k svamp tiny, or a .jsonl file")
-    add("--objective", choices=list(OBJECTIVES), default="pspo", help="the surrogate")
+    add("--objective", choices=list(OBJECTIVES), default="pspo", help="what is maximised")
     users = {}  # of an objective's setting: its default, and the objectives that have it
     for name in OBJECTIVES:
         for setting, default in objective_settings(name).items():

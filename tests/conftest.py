@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-# One thread each, read when torch is imported: tests run side by side (-n 2), and threads that wait
-# for each other stand still beside a program that keeps a core busy.
+# Read when torch is imported: tests run side by side (-n 2), so one thread each, and where a test
+# asks for two, they do not spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's: where it caches, its tokens, its offline switches. None of it may reach a test.

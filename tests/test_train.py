@@ -263,7 +263,8 @@ def test_a_step_of_more_than_2_to_the_24_tokens_makes_its_metrics():
     run = SimpleNamespace(reference=None, state={"optimizer_steps": 1})
     seen = SimpleNamespace(log_ratios=[ramp_M], entropies=[ramp_M], kls=[],
                            norms=[torch.tensor(0.5)])
-    metrics = train.update_metrics(run, [[micro]], settings(), seen, {"score_s": 0, "update_s": 1})
+    metrics = train.update_metrics(run, [[micro]], settings(), seen,
+                                   {"old_logp_s": 0, "update_s": 1})
     assert metrics["ratio_p50"] == pytest.approx(math.exp(0.5))
     assert metrics["ratio_p99"] == pytest.approx(math.exp(0.99), rel=1e-6)
     assert metrics["sampler_gap_p99"] == pytest.approx(0.99)
