@@ -92,31 +92,16 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     seed, step, prompt_keys: what the draws are keyed by, beside sample and position; the keys are
         one int per prompt (default: its index), so a prompt draws alike in any company.
     max_rows: completions in flight at once.
-    progress: label of a progress bar over tokens (a row that ends early gives up the rest); or a
-        function of (rows that ended, their tokens, tokens of the others so far), called every few
-        tokens; or None.
+    progress: label of a progress bar over tokens (a completion that ends early gives up the rest),
+        or None.
     Raises ValueError where a prompt is empty or leaves no room for max_new_tokens, or max_rows does
         not hold one group.
     """
-    began = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= model.context - max_new_tokens:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens "
-                             f"{max_new_tokens} expected 1 to {model.context - max_new_tokens} "
-                             f"(the context is {model.context}); shorten it or lower "
-                             "--max-new-tokens")
-    keys = list(range(len(prompts))) if prompt_keys is None else list(prompt_keys)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-    if group_size > max_rows:
-        raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
-    bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=str(progress), unit="token",
-               unit_scale=True, leave=False, disable=not isinstance(progress, str), delay=2)
-
-    def report(n_ended, tokens_of_ended, tokens_of_others):
-        bar.update(n_ended * max_new_tokens + tokens_of_others - bar.n)
-        if callable(progress):
-            progress(n_ended, tokens_of_ended, tokens_of_others)
+    refuse_what_does_not_fit(model, prompts, group_size, max_new_tokens, max_rows)
+    began, keys = time.perf_counter(), list(range(len(prompts)) if prompt_keys is None else
+                                            prompt_keys)
+    bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
+               unit_scale=True, leave=False, disable=progress is None, delay=2)
     on = torch.cuda.device(model.device) if model.on_cuda else nullcontext()
 
     def choose(logp_RV, u_RU):
@@ -127,9 +112,22 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
                               max_rows, n_draws(top_p), choose)
-        completions = sampler.run(prompts, keys, uniforms, report)
+        completions = sampler.run(prompts, keys, uniforms, bar)
     bar.close()
     return rollout_of(prompts, completions, group_size, time.perf_counter() - began)
+
+
+def refuse_what_does_not_fit(model, prompts, group_size, max_new_tokens, max_rows):
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= model.context - max_new_tokens:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens "
+                             f"{max_new_tokens} expected 1 to {model.context - max_new_tokens} "
+                             f"(the context is {model.context}); shorten it or lower "
+                             "--max-new-tokens")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    if group_size > max_rows:
+        raise ValueError(f"max_rows {max_rows} does not hold one group of {group_size} completions")
 
 
 def room_for(model, prompts, max_new_tokens):

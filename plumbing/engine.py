@@ -276,12 +276,12 @@ class Sampler:
             self.graphs[size] = graph
         self.graphs[size].replay()
 
-    def run(self, prompts, keys, uniforms, report):
+    def run(self, prompts, keys, uniforms, bar):
         """All completions of these prompts, group by group: (ids, logps, finished) of each.
 
         keys: one int a prompt. uniforms(key_n, sample_n): (n, T, n_draws), the uniform numbers that
         `choose` gets for the n rows with these prompts' keys and these places in their groups.
-        report(rows that ended, their tokens, tokens of the others): called every few tokens.
+        bar: tqdm's, over T tokens for every completion; one that ends early gives up the rest.
         """
         self.resize(len(self.places))
         self.attention.n_prompts = len(self.attention.mask_PT)
@@ -290,7 +290,7 @@ class Sampler:
         self.free = list(range(len(self.places)))[::-1]
         self.place_of, self.n_left = {}, {}  # prompt -> its place, its rows that have not ended
         self.free_prompts = list(range(self.attention.n_prompts))[::-1]
-        self.n_collected, lengths = 0, [0] * len(self.places)
+        lengths = [0] * len(self.places)
         while self.waiting or self.row_at:
             if self.waiting and len(self.free) >= len(self.places) / REFILL:
                 self.admit(prompts, keys, uniforms, lengths)
@@ -303,7 +303,7 @@ class Sampler:
             self.collect(done, lengths)
             if self.row_at and not self.waiting:
                 lengths = self.close_ranks(lengths)
-            report(len(done), self.n_collected, sum(lengths[i] for i in self.row_at))
+            bar.update(len(done) * self.T + sum(lengths[i] for i in self.row_at) - bar.n)
         return [done[row] for row in rows]
 
     def admit(self, prompts, keys, uniforms, lengths):
@@ -339,7 +339,6 @@ class Sampler:
         for i, ids, logps, finished in zip(ended, *results):
             p, g = self.row_at.pop(i)
             done[p, g] = ids[:lengths[i]], logps[:lengths[i]], finished
-            self.n_collected += lengths[i]
             self.free.append(i)
             self.n_left[p] -= 1
             if self.n_left[p] == 0:
