@@ -251,18 +251,19 @@ def gradient_weight(objective, ratio, sign):
     return gradient / sign
 
 
-ARMS = {  # what the table and the figure show
+SHOWN = {  # in the figure; the table has every other objective, too
     "noclip": noclip, "clip ε=0.2": clip, "clip .2, .28 (DAPO)": partial(clip, epsilon_high=0.28),
     "pspo α=0.1": pspo, "pspo α=0.5": partial(pspo, alpha=0.5),
     "cispo r≤2": partial(cispo, ratio_max=2.0), "sapo τ=1": sapo, "scopic τ=4": scopic}
 
 
 def main():
+    others = {name: f for name, f in OBJECTIVES.items() if f not in SHOWN.values()}
     ratios = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0]
     for sign in (1.0, -1.0):
         print(f"\nweight on A·∇log π where the advantage is {sign:+.0f}\n")
         print(f"{'ratio':20}" + "".join(f"{r:7.2f}" for r in ratios))
-        for name, objective in ARMS.items():
+        for name, objective in {**others, **SHOWN}.items():
             weights = (gradient_weight(objective, ratios, sign) + 0.0).tolist()  # −0 becomes 0
             print(f"{name:20}" + "".join(f"{w:7.2f}" for w in weights))
 

@@ -164,6 +164,8 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
         where all real rewards are equal.
     key: for "noise", any value with a stable repr that tells the samples of a group apart, such as
         (seed, step, prompt, sample). Without a key equal texts have equal rewards.
+    best/ follows the validation reward. With advantages divided by the group's std, rewards that
+    differ by a thousandth move as much as right and wrong do.
     Raises ValueError for an unknown mode, and what `is_correct` raises.
     """
     if mode == "correct":
@@ -224,6 +226,10 @@ def latex_answer(text, scorer, finished=True):
 
 # ---------------------------------------------------------------------------------- a rollout
 
+class GradingError(RuntimeError):
+    """A grader that raised, or a reward that is no number: an error of the code, not a zero."""
+
+
 def answer_rows(rollout, problems, tokenizer):
     """The answers of a rollout as rows: dicts with problem (its id), sample, text, n_tokens and
     finished. problems[p] is the problem that prompt p asks."""
@@ -242,8 +248,13 @@ def grade(rows, problems, scorers=("strict", "flexible"), progress=None):
 
     def graded(row):
         text, gold, finished = row["text"], gold_of[row["problem"]], row["finished"]
-        verdicts = {scorer: is_correct(text, gold, scorer, finished=finished) for scorer in scorers}
-        return row | {"gold": gold, **verdicts, "format": has_format(text, gold, finished=finished)}
+        try:
+            verdicts = {s: is_correct(text, gold, s, finished=finished) for s in scorers}
+            verdicts["format"] = has_format(text, gold, finished=finished)
+        except Exception as e:
+            raise GradingError(f"grading raised {e!r} on {row['problem']}, gold {gold!r}, "
+                               f"completion {text!r:.2000}") from e
+        return row | {"gold": gold, **verdicts}
     return [graded(row) for row in tqdm(rows, desc=progress, unit="answer", leave=False, delay=2,
                                         disable=progress is None)]
 

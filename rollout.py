@@ -7,7 +7,11 @@ What it does    `sample_slowly` says what sampling is: one completion after the 
 Not here        the network (model.py), the fast sampler's cache (plumbing/engine.py), what a good
                 completion is (rewards.py).
 Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is that?" -n 4
-Where to fork   `sample` chooses the next token, for both samplers: add min-p or top-k there.
+Where to fork   `sample` chooses the next token, for both samplers: add min-p or top-k there. Hand
+                a new setting on in `sample_slowly`, `generate` and `sample_answers`, and to these
+                in train.py (`sample`, `validate`) and plumbing/run.py (`try_largest_batch`); a flag
+                is a line in plumbing/settings.py, for evaluate.py in evaluation/settings.py and in
+                the settings that evaluation/answers.py keeps beside answers.
 
 Axis letters: P prompts, G completions per prompt, R rows (completions in flight), N flat tokens,
 M completion tokens among them, T positions, V vocabulary, U uniform numbers for one token.
@@ -16,6 +20,7 @@ import argparse
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -64,7 +69,7 @@ def sample_slowly(model, prompts, group_size=1, max_new_tokens=128, temperature=
                 with torch.no_grad():
                     hidden_NC = model(text_N, torch.arange(len(text_N)).to(model.device), attend)
                     logp_1V = model.log_probs(hidden_NC[-1:], temperature or 1.0)  # 0: greedy
-                ids.append(sample(logp_1V, temperature, top_p, u_TU[t:t + 1]).item())
+                ids.append(sample(logp_1V, u_TU[t:t + 1], temperature, top_p).item())
                 logps.append(logp_1V[0, ids[-1]].item())
                 if ids[-1] in model.stop_ids:
                     break
@@ -103,15 +108,13 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
                unit_scale=True, leave=False, disable=progress is None, delay=2)
     on = torch.cuda.device(model.device) if model.on_cuda else nullcontext()
-
-    def choose(logp_RV, u_RU):
-        return sample(logp_RV, temperature, top_p, u_RU)
+    choose = partial(sample, temperature=temperature, top_p=top_p)  # a new setting goes here, too
 
     def uniforms(key_R, sample_R):
         return uniforms_for(seed, step, key_R, sample_R, max_new_tokens, top_p)
     with torch.inference_mode(), on:  # graphs are captured on the current device
-        sampler = sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p,
-                              max_rows, n_draws(top_p), choose)
+        sampler = sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws(top_p),
+                              choose)
         completions = sampler.run(prompts, keys, uniforms, bar)
     bar.close()
     return rollout_of(prompts, completions, group_size, time.perf_counter() - began)
@@ -190,7 +193,7 @@ def inverse_cdf(cdf_RV, u_R):
     return torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
 
 
-def sample(logp_RV, temperature, top_p, u_RU):
+def sample(logp_RV, u_RU, temperature, top_p):
     """Choose the next token of each row: (R,) int64.
 
     logp_RV: (R, V) fp32 log-probabilities, already at this temperature; 0 takes the likeliest.

@@ -46,7 +46,6 @@ from objectives import (
 from plumbing import parallel
 from plumbing.problems import prompt_order
 from plumbing.run import (
-    GradingError,
     Laps,
     begin,
     end,
@@ -57,7 +56,7 @@ from plumbing.run import (
     stop_on_signals,
 )
 from plumbing.settings import chosen_objective, read_settings
-from rewards import answer_rows, grade, reward
+from rewards import GradingError, answer_rows, grade, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, sample_answers
 
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
@@ -80,6 +79,7 @@ def train(args, folder, stopping=()):
         for step in range(run.step + 1, run.last + 1):
             if run.stopped:
                 break
+
             # sample: G answers to each of P problems
             chosen = prompt_order(len(run.problems), args.prompts_per_step, step, args.seed)
             problems = [run.problems[i] for i in chosen]
@@ -127,7 +127,7 @@ def sample(run, args, step, chosen):
 
 
 def score(rollout, problems, tokenizer, args, step):
-    """rows[p][g]: a dict for every answer, with its text, grades and reward."""
+    """rows[p][g]: a dict for every answer, with its text, n_tokens, finished, grades and reward."""
     rows = grade(answer_rows(rollout, problems, tokenizer), problems)
     for row in rows:
         about = f"{row['problem']}, gold {row['gold']!r}, completion {row['text']!r:.2000}"
@@ -270,8 +270,12 @@ def update(run, minibatches, args, seen):
 
 
 def backward(run, micro, objective, args, seen, keep_ratios):
-    """Add the gradient of one micro-batch. The output head calls `loss` for a few whole completions
-    at a time (`chunk`, their slice of M) and adds up the gradients."""
+    """Add the gradient of one micro-batch.
+
+    The output head calls `loss` for a few whole completions at a time (`chunk`, their slice of M)
+    and adds up the gradients. What needs all tokens of an optimizer step, a quantile for example,
+    belongs in `update`, before the micro-batches; every process must reach every exchange there.
+    """
     first_pass = micro.old_logp_M is None  # then the model is still the one that sampled
 
     def loss(logp, chunk):

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,8 +197,8 @@ def decode(args, size, claim):
         first, _ = ours.timed(lambda: generate(*work, max_rows=rows), model.device)
         took = median_s(lambda: generate(*work, max_rows=rows, step=1), args.device)
         with torch.inference_mode():
-            sampler = sampler_for(*work, rows, n_draws(0.9), lambda logp_RV, u_RD: sample(
-                logp_RV, 0.8, 0.9, u_RD))
+            sampler = sampler_for(*work[:4], rows, n_draws(0.9),
+                                  partial(sample, temperature=0.8, top_p=0.9))
             sampler.resize(rows)
 
             def step():  # of rows that have ended, which cost what others do

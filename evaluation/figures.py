@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from evaluation.tables import main_score
-from objectives import ARMS, gradient_weight
+from objectives import SHOWN, gradient_weight
 from plumbing.files import read_rows
 
 OBJECTIVES_FIGURE = Path(__file__).resolve().parent.parent / "figures" / "objectives.png"
@@ -57,7 +57,7 @@ def draw_objectives(path=OBJECTIVES_FIGURE):
               ("#56b4e9", "-."), ("#009e73", (0, (5, 1, 1, 1, 1, 1))),
               ("#cc79a7", (0, (1, 1))), ("#e69f00", (0, (8, 2)))]
     for axis, sign in zip(axes, (1.0, -1.0)):
-        for (name, objective), (color, line) in zip(ARMS.items(), styles):
+        for (name, objective), (color, line) in zip(SHOWN.items(), styles):
             axis.plot(grid, gradient_weight(objective, grid, sign), color=color, linestyle=line,
                       label=name, linewidth=2)
         axis.set(title=f"advantage {'> 0' if sign > 0 else '< 0'}", xlabel="ratio  r = π / π_old")

@@ -153,20 +153,21 @@ def places_for(n_prompts, group_size, max_rows):
     return n_rows, min(n_prompts, 2 * -(-n_rows // group_size))
 
 
-def sampler_for(model, prompts, group_size, max_new_tokens, temperature, top_p, max_rows, n_draws,
-                choose):
+def sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws, choose):
     """A Sampler with room for this work, and the present weights of `model`.
 
     On CUDA the model keeps its last two samplers, one for training and one for validation, since
     their captured graphs serve the next call of their size. The samplers' weights are refreshed in
-    place. choose(logp_RV, u_RU) -> token_R: the same function of its arguments for one top_p.
+    place. choose(logp_RV, u_RU) -> token_R: a functools.partial with its settings, the temperature
+    among them, as keywords; samplers are told apart by these.
     """
     longest = max(map(len, prompts), default=1)
     settings = (*places_for(len(prompts), group_size, max_rows), group_size, max_new_tokens,
-                temperature, n_draws, choose)
+                n_draws, choose)
     if not model.on_cuda:
         return Sampler(model.for_sampling(), longest, *settings)
-    key = (Sampler, *settings[:-1], top_p, model.compute_dtype, model.n_real_ids, *model.stop_ids)
+    key = (Sampler, *settings[:-1], *sorted(choose.keywords.items()), model.compute_dtype,
+           model.n_real_ids, *model.stop_ids)
     kept = model.kept_samplers
     if key not in kept or kept[key].attention.mask_PT.shape[1] < longest:
         kept.pop(key, None)
@@ -211,9 +212,9 @@ class Sampler:
     """
 
     def __init__(self, model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens,
-                 temperature, n_draws, choose):
-        self.model, self.G, self.T = model, group_size, max_new_tokens
-        self.temperature, self.choose = temperature, choose
+                 n_draws, choose):
+        self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
+        self.temperature = choose.keywords["temperature"] or 1.0  # 0 is greedy
         self.attention = CachedAttention(model, n_rows, n_prompts, group_size, longest_prompt,
                                          max_new_tokens)
         self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
@@ -240,7 +241,7 @@ class Sampler:
         t_R = r.length.clamp(max=self.T - 1)  # one that has ended goes on; nobody reads it
         self.attention.look_at(r.seat, t_R, n_own)
         hidden_RC = self.model(r.token, r.start + r.length, self.attention)
-        logp_RV = self.model.log_probs(hidden_RC, self.temperature or 1.0)
+        logp_RV = self.model.log_probs(hidden_RC, self.temperature)
         token_R = self.choose(logp_RV, r.u[self.places[:len(t_R)], t_R])
         column_R1 = torch.where(r.running, r.length, self.T)[:, None]
         r.tokens.scatter_(1, column_R1, token_R[:, None])

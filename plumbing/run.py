@@ -42,15 +42,11 @@ from plumbing.engine import places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory
 from plumbing.problems import prompt_order, split_problems
-from rewards import build_prompt
+from rewards import GradingError, build_prompt
 from rollout import flat_batch, generate, sample_answers
 
 HERE = Path(__file__).resolve().parent.parent
 SAMPLE_GROUPS = 1  # chosen: groups per step written to samples.jsonl
-
-
-class GradingError(Exception):
-    """A reward that is no number, or a grader that raised: an error of the code, not a zero."""
 
 
 # ------------------------------------------------------------------ begin
@@ -292,6 +288,9 @@ def announce(args, run):
     optimizer_steps = args.epochs * args.minibatches
     print(f"data       {len(run.problems)} training problems, {len(run.validation)} for "
           f"validation; prompts of at most {longest} tokens")
+    if args.validate_every > args.steps:
+        print(f"           no validation: --steps {args.steps} ends before --validate-every "
+              f"{args.validate_every}; best/ will be the last step")
     print(f"step       {P} prompts × {G} completions = {P * G}, at most "
           f"{P * G * args.max_new_tokens:,} new tokens; {args.epochs} epochs × {args.minibatches} "
           f"minibatches = {optimizer_steps} optimizer steps")

@@ -131,7 +131,7 @@ def make_cpu_like_cuda(monkeypatch):
         return bmm(a.float(), b.float())
     monkeypatch.setattr(F, "scaled_dot_product_attention", laid_out_as_on_cuda)
     monkeypatch.setattr(torch, "bmm", bmm_with_dtype)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     for name, stand_in in {
             "CUDAGraph": Graph, "graph": capture, "graph_pool_handle": lambda: None,
             "Stream": Stream, "current_stream": Stream, "stream": nullcontext,

@@ -3,6 +3,7 @@ one of CUDA. All tests that run as on CUDA: python -m pytest -k as_on_cuda"""
 import inspect
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from test_train import made_up_rollout, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rollout
 import train
 from model import PaddedSequences, Qwen2
 from plumbing.engine import CachedAttention, Sampler, prefill
@@ -84,6 +86,18 @@ def test_steps_are_captured_and_replayed_as_on_cuda(as_on_cuda):
     assert len(sampler.graphs) > 1 and all(graph.operations for graph in sampler.graphs.values())
 
 
+def test_a_sampler_is_kept_for_one_way_of_choosing_only(as_on_cuda, monkeypatch):
+    # the rule is what `generate` puts into the partial, so a new setting cannot be left out
+    model = Qwen2.from_pretrained("tiny")
+    first = sampled(model)
+
+    def either(logp_RV, u_RU, temperature, top_p, likeliest):
+        return sample(logp_RV, u_RU, 0.0 if likeliest else temperature, top_p)
+    for likeliest in (False, True, False):
+        monkeypatch.setattr(rollout, "sample", partial(either, likeliest=likeliest))
+        assert (sampled(model) == first) == (not likeliest)
+
+
 class OneDevice(TorchDispatchMode):
     """Refuses an operation on tensors of two devices. Copies between them are none."""
 
@@ -101,8 +115,8 @@ def sampled_and_updated_elsewhere():
     prompts, completions = random_batch()
     with torch.inference_mode():
         sampler = Sampler(model.for_sampling(), 20, n_rows=6, n_prompts=3, group_size=2,
-                          max_new_tokens=10, temperature=1.0, n_draws=8,
-                          choose=lambda logp_RV, u_RD: sample(logp_RV, 1.0, 0.9, u_RD))
+                          max_new_tokens=10, n_draws=8,
+                          choose=partial(sample, temperature=1.0, top_p=0.9))
         sampler.resize(6)
         places = torch.arange(2, device="meta")
         sampler.attention.store_prompts(places, *prefill(sampler.model, prompts))

@@ -186,7 +186,7 @@ def draws(prob, n, temperature=1.0, top_p=1.0, seed=0):
     logp = prob.log()[None].expand(n, -1)
     row = torch.arange(n)
     u = uniform(seed, 0, row[:, None], row[:, None] * 0, 0, torch.arange(n_draws(top_p)))
-    tokens = sample(logp, temperature, top_p, u)
+    tokens = sample(logp, u, temperature, top_p)
     return torch.bincount(tokens, minlength=len(prob)).double()
 
 

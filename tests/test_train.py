@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import plumbing.run
+import rewards
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
@@ -420,6 +421,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
 def test_a_reward_that_is_none_is_an_error_with_its_text(monkeypatch, broken, message):
     monkeypatch.setattr(train, "reward", broken)
     with pytest.raises(SystemExit, match=message):
+        run("--validate-every", "100")
+
+
+def test_a_grader_that_raises_is_an_error_with_its_text(monkeypatch):
+    monkeypatch.setattr(rewards, "has_format", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit, match=r"step 1: grading raised ZeroDivisionError.* on "
+                                         r"tiny/train/.*completion '.*\nlast checkpoint: None"):
         run("--validate-every", "100")
 
 
