@@ -283,7 +283,7 @@ def test_a_replay_repeats_a_run_and_names_where_another_leaves_it():
     assert distance(full, half) == pytest.approx(0.5, abs=1e-3)
     a, b = (SimpleNamespace(completions=[x]) for x in ([[1, 2], [3]], [[1, 2], [3, 4]]))
     assert first_difference([a, a], [a, b]) == (2, 2, 2)
-    assert first_difference([(a, 0)], [(a, 0)]) is None
+    assert first_difference([a], [a]) is None
 
 
 @pytest.mark.parametrize("flags", [

@@ -61,8 +61,10 @@ def assert_alike(name, expected, found):
         assert (x - start[key]).abs().max() > 1e-5, key  # or equality says little
 
 
-@pytest.mark.parametrize("flags, numbers", [([], (2, 4)), (
-    ["--objective", "clip", "--beta", "0.1"], ())], ids=["", "clip, beta"])
+@pytest.mark.parametrize("flags, numbers", [
+    ([], (2,)), pytest.param([], (4,), marks=pytest.mark.slow),
+    pytest.param(["--objective", "clip", "--beta", "0.1"], (), marks=pytest.mark.slow)],
+    ids=["two", "four", "clip, beta"])
 def test_one_two_and_four_processes_make_the_same_run(flags, numbers):
     expected = train(1, "one", *flags)
     for n in numbers:  # with four, two have one group a step and two have two; minibatches of three
@@ -71,6 +73,7 @@ def test_one_two_and_four_processes_make_the_same_run(flags, numbers):
                                             "--tokens-per-microbatch", "1"))  # some are idle
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_sharded_or_not():
     expected = train(1, "one")
     train(2, "mixed", "--stop-after", "2", "--fsdp", "--checkpoint-activations")
