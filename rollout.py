@@ -91,7 +91,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     The completions of `sample_slowly` (but where rounding tips a draw), faster in four ways, all in
     plumbing/engine.py: a token meets the keys and values of earlier tokens in a cache; a prompt is
     computed and cached once for its group; completions run side by side, and one that ends gives
-    its place to one that waits; on CUDA a whole step is one captured graph.
+    its place to one that waits; on CUDA a whole step is one captured graph. The header of that file
+    draws rows, seats and places for two prompts with two completions each.
 
     prompts: lists of token ids. temperature ≥ 0 (0: greedy), top_p in (0, 1].
     seed, step, prompt_keys: what the draws are keyed by, beside sample and position; the keys are
