@@ -180,7 +180,8 @@ def test_the_groups_that_fit_by_hand():
 
 @pytest.mark.parametrize("flags", [
     [], ["--beta", "0.1", "--objective", "clip"],
-    ["--objective", "sapo", "--ratio-level", "sequence", "--optimizer", "sgd"]], ids=str)
+    pytest.param(["--objective", "sapo", "--ratio-level", "sequence", "--optimizer", "sgd"],
+                 marks=pytest.mark.slow)], ids=str)
 def test_resuming_is_bit_identical(flags):
     threads = ["--threads", "2"]
     run("--name", "straight", *threads, *flags)
