@@ -155,7 +155,7 @@ def compare(a_runs, b_runs, key):
         where both have a value are paired: bootstrap and `sign_flips`. With several runs each, a
         run is one value: Welch's interval, no p; no interval where no run differs from its
         siblings.
-    Returns None where a side has no values.
+    Returns None where a side has no values, or one side a single run and the other several.
     """
     a, b = ([by_problem(rows, key) for rows in runs] for runs in (a_runs, b_runs))
     p = None
