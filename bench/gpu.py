@@ -34,7 +34,7 @@ from model import Qwen2
 from plumbing.engine import sampler_for
 from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
-from plumbing.run import groups_that_fit, peak_memory_gib
+from plumbing.run import groups_that_fit, peak_bytes, peak_memory_gib
 from rollout import flat_batch, generate, n_draws, sample
 
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; the head has more rows
@@ -251,19 +251,19 @@ def update(args, size, claim):
 def largest_micro_batch(args, size, model, group, claim):
     """Yields rows; returns the tokens that train.py would choose here."""
     def bytes_of(n):
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        before = peak_memory_gib(args.device)
         batch = flat_batch([[1] * size.prompt] * n, [[[1] * size.new_tokens] * 4] * n, args.device)
-        model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
-        return (peak_memory_gib(args.device) - before) * 2**30
-    bytes_of(1)  # the gradients
-    one, two = bytes_of(1), bytes_of(2)
-    free = torch.cuda.mem_get_info(args.device)[0] if args.device != "cpu" else 2**24
-    chosen = max(groups_that_fit(free, one, two), 1)
+        if args.device == "cpu":  # whose peak never falls: nothing to measure
+            model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
+            return 0
+        torch.cuda.empty_cache()
+        return peak_bytes(model, batch, 0.8)
+    bytes_of(1)  # from now on the gradients are there
     if args.device == "cpu":
-        chosen = min(chosen, 4)  # a CPU's peak never falls, so that nothing was measured
+        chosen = 4
+    else:
+        torch.cuda.empty_cache()
+        free_bytes = torch.cuda.mem_get_info(args.device)[0]
+        chosen = max(groups_that_fit(free_bytes, bytes_of(1), bytes_of(2)), 1)
     try:
         bytes_of(chosen)
         fits = True

@@ -1,7 +1,8 @@
 """Whether two LaTeX formulas say the same: math-verify, in a process of its own.
 
-What it does    unwraps formulas and compares them. The process ends itself when a comparison takes
-                too long, because sympy can be kept busy for hours; its caller starts the next one.
+What it does    unwraps formulas and compares them. The system ends the process when a comparison
+                takes too long, because sympy can be kept busy for hours; its caller starts the next
+                one.
 Not here        where in a completion the formula stands: rewards.py.
 Run it alone    python -m plumbing.latex GOLD ANSWER     same, different or unreadable
 

@@ -203,14 +203,9 @@ def try_largest_batch(run, args):
     n_groups = -(-share // args.minibatches)
     completion = (prompt * args.max_new_tokens)[:args.max_new_tokens]
 
-    def peak_bytes(n):
-        """Of a micro-batch of n groups, above what was there: forward and backward."""
-        torch.cuda.reset_peak_memory_stats(args.device)
-        before = torch.cuda.memory_allocated(args.device)
+    def bytes_of(n):
         batch = flat_batch([prompt] * n, [[completion] * G] * n, args.device)
-        run.model.accumulate_gradients(batch, args.temperature, lambda logp, chunk: logp.sum(),
-                                       True)
-        return torch.cuda.max_memory_allocated(args.device) - before
+        return peak_bytes(run.model, batch, args.temperature)
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
         n_parameters //= parallel.n_processes() if args.fsdp else 1
@@ -225,14 +220,14 @@ def try_largest_batch(run, args):
             sample_answers(run.policy, [longest] * n_problems, args.validation_samples,
                            args.temperature, args.top_p, args.max_new_tokens,
                            max_rows=args.rollout_rows, progress=None)
-        peak_bytes(1)  # from now on the gradients are there
+        bytes_of(1)  # from now on the gradients are there
         torch.cuda.empty_cache()
         n_fit = args.tokens_per_microbatch and args.tokens_per_microbatch // group_tokens
         if n_fit is None:
             free_bytes = torch.cuda.mem_get_info(args.device)[0]
-            n_fit = groups_that_fit(free_bytes, peak_bytes(1), peak_bytes(2))
+            n_fit = groups_that_fit(free_bytes, bytes_of(1), bytes_of(2))
         n = min(max(n_fit, 1), n_groups)
-        peak_bytes(n)
+        bytes_of(n)
         del adamw_state
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
@@ -245,6 +240,14 @@ def try_largest_batch(run, args):
         args.tokens_per_microbatch = group_tokens * min(parallel.gather(n))
         print(f"           micro-batches of {args.tokens_per_microbatch:,} tokens, for which there "
               "is room (--tokens-per-microbatch)")
+
+
+def peak_bytes(model, batch, temperature):
+    """What a forward and backward pass takes on CUDA, at most, above what was there before it."""
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    model.accumulate_gradients(batch, temperature, lambda logp, chunk: logp.sum(), True)
+    return torch.cuda.max_memory_allocated(model.device) - before
 
 
 def groups_that_fit(free_bytes, peak_of_one, peak_of_two):
