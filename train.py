@@ -4,8 +4,8 @@ What it does    reinforcement learning of a Qwen2.5 model on word problems with 
                 clipped or plain importance ratio, from the first prompt to the best checkpoint.
                 `train` is the loop, `update` all that happens to one rollout.
 Not here        the objective (objectives.py), sampling (rollout.py), the network (model.py), the
-                task (rewards.py), accuracy (evaluate.py); what a run needs beside the method: its
-                folder, checkpoints, console, errors (plumbing/run.py).
+                task (rewards.py), accuracy (evaluate.py), the metrics (plumbing/metrics.py); what a
+                run needs beside the method: folder, checkpoints, console, errors (plumbing/run.py).
 Run it alone    python train.py --alpha 0.1            (laptop: the embedded default; GPU: Qwen2.5)
 Where to fork   here. A new objective is a function in objectives.py, a new setting one line in
                 plumbing/settings.py.
@@ -35,26 +35,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from objectives import (
-    group_advantages,
-    kl_k3,
-    policy_loss,
-    quantile,
-    ratio_diagnostics,
-    reduction_weights,
-)
+from objectives import group_advantages, kl_k3, policy_loss, reduction_weights
 from plumbing import parallel
+from plumbing.metrics import Laps, mean, noise_floor, rollout_metrics, update_metrics
 from plumbing.problems import prompt_order
-from plumbing.run import (
-    Laps,
-    begin,
-    end,
-    explained,
-    noise_floor,
-    peak_memory_gib,
-    record,
-    stop_on_signals,
-)
+from plumbing.run import begin, end, explained, record, stop_on_signals, with_advantages
 from plumbing.settings import chosen_objective, read_settings
 from rewards import GradingError, answer_rows, grade, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, sample_answers
@@ -103,7 +88,8 @@ def train(args, folder, stopping=()):
 
             # log, validate, save
             metrics = (rollout_metrics(rollout, rows, reward_PG)
-                       | update_metrics(run, minibatches, args, seen, lap.seconds))
+                       | update_metrics(run, minibatches, args, seen, lap.seconds)
+                       | {"learning_rate": learning_rate(args, run.state["optimizer_steps"])})
             if step == 1:
                 metrics |= noise_floor(run.model, minibatches, args.temperature)
             if run.validating and (step % args.validate_every == 0 or step == args.steps):
@@ -322,69 +308,6 @@ def learning_rate(args, optimizer_step):
     rise = optimizer_step / max(args.warmup_steps, 1)
     fall = (total - optimizer_step + 1) / max(total - args.warmup_steps, 1)
     return args.learning_rate * max(min(rise, fall, 1.0), 0.0)
-
-
-# ------------------------------------------------------------------ metrics (docs/metrics.md)
-
-def rollout_metrics(rollout, rows, reward_PG):
-    """Of what was sampled and graded."""
-    flat = [row for group in rows for row in group]
-    finished = [row["n_tokens"] for row in flat if row["finished"]]
-    return {
-        "reward_mean": reward_PG.mean().item(),
-        "reward_se": reward_PG.mean(1).std().nan_to_num().item() / len(reward_PG)**0.5,
-        "accuracy": mean(row["flexible"] for row in flat),
-        "format_rate": mean(row["format"] for row in flat),
-        "length_mean": rollout.n_tokens / len(flat),
-        "length_finished": mean(finished), "truncated": 1 - len(finished) / len(flat),
-        "equal_groups": (reward_PG == reward_PG[:, :1]).all(1).double().mean().item(),
-        "sample_s": rollout.seconds,
-        "sample_tokens_per_s": rollout.n_tokens / max(rollout.seconds, 1e-9)}
-
-
-def update_metrics(run, minibatches, args, seen, seconds):
-    """Of the update, over the tokens that all processes trained on; of ratios, KL, entropy and gaps
-    none where every group was equal. seconds: {"old_logp_s", "update_s"}."""
-    everything = [micro for minibatch in minibatches for micro in minibatch]
-
-    def of_all(tensors):
-        mine = torch.cat(tensors).cpu() if tensors else torch.empty(0)
-        return torch.cat(parallel.gather(mine))
-    old_M, sampler_M, advantage_M, weight_M = (
-        of_all([getattr(micro, name) for micro in everything])
-        for name in ("old_logp_M", "sampler_logp_M", "advantage_M", "weight_M"))
-    log_ratio_M, entropy_M, kl_M = map(of_all, (seen.log_ratios, seen.entropies, seen.kls))
-    n_tokens = sum(parallel.gather(sum(len(micro.batch.ids_N) for micro in everything)))
-    n_passes = (args.minibatches > 1) + (run.reference is not None)  # before the update
-    metrics = dict(run.state) | {
-        "learning_rate": learning_rate(args, run.state["optimizer_steps"]),
-        "old_logp_s": seconds["old_logp_s"], "update_s": seconds["update_s"],
-        "old_logp_tokens_per_s": n_passes * n_tokens / max(seconds["old_logp_s"], 1e-9),
-        "update_tokens_per_s": args.epochs * n_tokens / max(seconds["update_s"], 1e-9),
-        "peak_memory_gib": max(parallel.gather(peak_memory_gib(args.device)))}
-    if not len(old_M):
-        return metrics
-    gap_M, norms = (old_M - sampler_M).abs(), torch.stack(seen.norms)
-    if len(kl_M):
-        metrics["kl_reference"] = kl_M.mean().item()
-    return metrics | ratio_diagnostics(log_ratio_M, advantage_M, weight_M) | {
-        "entropy": entropy_M.mean().item(),
-        "sampler_gap_mean": gap_M.mean().item(), "sampler_gap_p99": quantile(gap_M, 0.99)[0],
-        "gradient_norm": norms.mean().item(),
-        "gradient_limited": (norms > args.max_grad_norm).double().mean().item()}
-
-
-def with_advantages(rows, advantage_PG, problems, step):
-    """The rows as samples.jsonl keeps them, group by group; each group's first has the question."""
-    return [[{**row, "step": step, "advantage": advantage,
-              **({"question": problem.question} if g == 0 else {})}
-             for g, (row, advantage) in enumerate(zip(group, advantage_G))]
-            for group, advantage_G, problem in zip(rows, advantage_PG.tolist(), problems)]
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 def main(argv=None):

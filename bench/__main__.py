@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench import gpu, ours, peers
 from bench.report import ROOT, needed, ratio, report, table
 from plumbing.hub import keep_freed_memory
-from plumbing.run import peak_memory_gib
+from plumbing.metrics import peak_memory_gib
 from rollout import flat_batch
 
 RESULTS = ROOT / "bench" / "results"

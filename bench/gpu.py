@@ -34,7 +34,8 @@ from model import Qwen2
 from plumbing.engine import sampler_for
 from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
-from plumbing.run import groups_that_fit, peak_bytes, peak_memory_gib
+from plumbing.metrics import peak_memory_gib
+from plumbing.run import groups_that_fit, peak_bytes
 from rollout import flat_batch, generate, n_draws, sample
 
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; the head has more rows

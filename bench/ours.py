@@ -17,7 +17,8 @@ from objectives import group_advantages
 from plumbing import engine
 from plumbing.engine import Sampler
 from plumbing.hub import checked_config
-from plumbing.run import clock, make_optimizer
+from plumbing.metrics import clock
+from plumbing.run import make_optimizer
 from plumbing.settings import make_parser
 from rollout import generate
 

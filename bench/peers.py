@@ -7,7 +7,7 @@ import functools
 import torch
 
 from plumbing.hub import to_hub
-from plumbing.run import clock
+from plumbing.metrics import clock
 
 
 def hf_model(ours):

@@ -23,14 +23,15 @@ import torch
 
 import plumbing.run
 import train
-from evaluate import answer_problems, summarise
+from evaluate import answer_problems
+from evaluation.summaries import summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss
 from plumbing.checkpoint import checkpoints
 from plumbing.files import read_rows
+from plumbing.metrics import exact_log_probs
 from plumbing.problems import TINY, prompt_order
-from plumbing.run import exact_log_probs
 from plumbing.settings import read_settings
 from rewards import load_problems
 from train import remember_old_policy

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -24,8 +23,9 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from evaluate import answer_problems, summarise
+from evaluate import answer_problems
 from evaluation.figures import draw_curves
+from evaluation.summaries import summarise
 from model import Qwen2
 from plumbing import parallel
 from plumbing.checkpoint import (
@@ -356,6 +356,14 @@ def record(run, args, step, metrics, rows=()):
     run.step = step
 
 
+def with_advantages(rows, advantage_PG, problems, step):
+    """The rows as samples.jsonl keeps them, group by group; each group's first has the question."""
+    return [[{**row, "step": step, "advantage": advantage,
+              **({"question": problem.question} if g == 0 else {})}
+             for g, (row, advantage) in enumerate(zip(group, advantage_G))]
+            for group, advantage_G, problem in zip(rows, advantage_PG.tolist(), problems)]
+
+
 CONSOLE = {  # heading -> metric, format
     "step": ("step", "4d"), "reward": ("reward_mean", "7.3f"), "± s.e.": ("reward_se", "6.3f"),
     "correct": ("accuracy", "7.1%"), "format": ("format_rate", "6.1%"),
@@ -479,60 +487,3 @@ def test_at_the_end(args, folder, test):
 
 
 # ------------------------------------------------------------------ measures
-
-class Laps:
-    """A stopwatch: lap("update_s") notes the seconds since the last lap, the device's work done."""
-
-    def __init__(self, device):
-        self.device, self.seconds, self.last = device, {}, clock(device)
-
-    def __call__(self, name):
-        now = clock(self.device)
-        self.seconds[name], self.last = now - self.last, now
-
-
-def clock(device):
-    """Seconds, once the device has done what it was asked to."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def exact_log_probs(model, micro, temperature):
-    """The model's log-probs of a micro-batch in fp32, whatever it computes in."""
-    dtype, precision = model.compute_dtype, torch.get_float32_matmul_precision()
-    model.compute_dtype = torch.float32
-    torch.set_float32_matmul_precision("highest")  # not TF32
-    try:
-        return model.completion_log_probs(micro.batch, temperature)[0]
-    finally:
-        model.compute_dtype = dtype
-        torch.set_float32_matmul_precision(precision)
-
-
-def noise_floor(model, minibatches, temperature):
-    """Of the first micro-batch: the share of tokens whose probability leaves 1 ± 0.1 (and 0.2)
-    times that of an fp32 computation; no metrics where nothing was trained on.
-
-    0 in fp32. In bf16 rounding alone moves ratios that far, and every update draws it anew; a clip
-    then acts on noise. (Moving the weights by 1e-9 instead, as a smallest update, shows nothing for
-    a published model: its weights lie on the bf16 grid, and the cast rounds the move away.)
-    """
-    if not any(minibatches):
-        return {}
-    micro = next(filter(None, minibatches))[0]
-    rounded_M, _ = model.completion_log_probs(micro.batch, temperature)
-    distance_M = ((rounded_M - exact_log_probs(model, micro, temperature)).exp() - 1).abs()
-    return {f"noise_floor_{limit}": (distance_M > limit).double().mean().item()
-            for limit in (0.1, 0.2)}
-
-
-def peak_memory_gib(device):
-    """Highest memory so far: of the device on CUDA, of the process on the CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage may begin with the peak of the process's parent
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30  # macOS counts bytes

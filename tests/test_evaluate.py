@@ -15,7 +15,9 @@ import torch
 import evaluate
 from evaluation import answers, intervals
 from evaluation.answers import AnswerFile
+from evaluation.settings import setting_of
 from evaluation.style import after_answer, style
+from evaluation.summaries import compare, full_summary, majority, seed_summaries, summarise
 from evaluation.tables import main_score
 from model import Qwen2
 from plumbing import checkpoint
@@ -107,7 +109,7 @@ def test_simulated_pairs_are_called_different_as_often_as_an_interval_promises()
             kept = torch.rand(500, generator=generator) < keep
             a, b = luck[0] < 0.55, torch.where(kept, luck[0], luck[1]) < p_b
             correlation.append(torch.corrcoef(torch.stack([a, b]).float())[0, 1].item())
-            result = evaluate.compare([answers_of(a)], [answers_of(b)], "flexible")
+            result = compare([answers_of(a)], [answers_of(b)], "flexible")
             called[p_b] += result["verdict"] != "no difference shown"
         assert sum(correlation) / 200 == pytest.approx(0.5, abs=0.03)
     assert 4 <= called[0.55] <= 17 and called[0.65] > 190, called
@@ -124,7 +126,7 @@ def test_the_summary_by_hand():
     # two problems, two samples: one of two right, none right
     rows = [row("a", True), row("a", False, n_tokens=20), row("b", False, finished=False),
             row("b", False, format=False)]
-    found = evaluate.summarise(rows, 2)
+    found = summarise(rows, 2)
     assert found == {"n_problems": 2, "samples": 2, "strict": 0.0, "flexible": 0.25,
                      "format": 0.75, "truncated": 0.25, "pass@1": 0.25,
                      "pass@2": 0.5}
@@ -133,47 +135,47 @@ def test_the_summary_by_hand():
 def test_the_majority_is_the_most_frequent_answer_the_first_of_equals():
     def votes(*answers):
         return [row("a", a == "5", answer=a) for a in answers]
-    assert evaluate.majority(votes("5", "7", "5", "7", "5")) and evaluate.majority(votes("5", "7"))
-    assert not evaluate.majority(votes("7", "5"))
-    assert not evaluate.majority(votes("5", "7", "7")) and not evaluate.majority(votes(None, None))
+    assert majority(votes("5", "7", "5", "7", "5")) and majority(votes("5", "7"))
+    assert not majority(votes("7", "5"))
+    assert not majority(votes("5", "7", "7")) and not majority(votes(None, None))
     halves = [row("a", True, answer=x) for x in ("1/2", "0.5", "50%")]
-    assert evaluate.majority([*votes("3", "3"), *halves])  # right answers count as one
-    assert evaluate.majority(votes(None, None, "5"))  # no answer is no vote
+    assert majority([*votes("3", "3"), *halves])  # right answers count as one
+    assert majority(votes(None, None, "5"))  # no answer is no vote
 
 
 def test_a_comparison_by_hand():
     a = answers_of([1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
     b = answers_of([1, 1, 0, 1, 1, 1, 1, 1, 1, 0])  # solves six more
-    found = evaluate.compare([a], [b], "flexible")
+    found = compare([a], [b], "flexible")
     assert (found["a"], found["b"]) == (0.2, 0.8) and found["p"] == 2 / 64
     assert found["difference"] == pytest.approx(0.6) and found["verdict"] == "B higher"
-    few = evaluate.compare([a], [answers_of([1] * 6 + [0] * 4)], "flexible")
+    few = compare([a], [answers_of([1] * 6 + [0] * 4)], "flexible")
     assert few["interval"][0] > 0 and few["p"] == 0.125  # four of four differ: not enough
     assert few["verdict"] == "no difference shown"
-    back = evaluate.compare([b], [a], "flexible")
+    back = compare([b], [a], "flexible")
     assert back["verdict"] == "B lower" and back["interval"][1] == -found["interval"][0]
-    assert evaluate.compare([a], [a], "flexible")["verdict"] == "no difference shown"
+    assert compare([a], [a], "flexible")["verdict"] == "no difference shown"
     with pytest.raises(ValueError):  # other problems
-        evaluate.compare([a], [b[:9]], "flexible")
+        compare([a], [b[:9]], "flexible")
 
 
 def test_runs_with_several_seeds_count_once_each():
     a, b = ([answers_of([1] * n + [0] * (10 - n)) for n in counts]
             for counts in ((1, 2, 3), (3, 4, 5)))
-    found = evaluate.compare(a, b, "flexible")
+    found = compare(a, b, "flexible")
     assert found["interval"] == intervals.welch([0.1, 0.2, 0.3], [0.3, 0.4, 0.5])[1]
     assert found["p"] is None
-    same = evaluate.compare([a[0], a[0]], [b[0], b[0]], "flexible")  # no spread, no interval
+    same = compare([a[0], a[0]], [b[0], b[0]], "flexible")  # no spread, no interval
     assert same["interval"] is None and same["verdict"] == "no difference shown"
     names = ["runs/tiny-pspo-s0/best", "runs/tiny-pspo-s12/best", "runs/tiny-clip-s0/best",
              "Qwen/Qwen2.5-0.5B", "runs/a-seed3"]
-    assert [evaluate.setting_of(name) for name in names] == [
+    assert [setting_of(name) for name in names] == [
         "runs/tiny-pspo-s*/best", "runs/tiny-pspo-s*/best", "runs/tiny-clip-s*/best",
         "Qwen/Qwen2.5-0.5B", "runs/a-seed*"]
     summaries = [{"model": f"r-s{i}", "data": "d", "temperature": 0.0, "strict": x, "flexible": x}
                  for i, x in enumerate([0.5, 0.7])] + [
         {"model": "other", "data": "d", "temperature": 0.0, "strict": 1.0, "flexible": 1.0}]
-    (group,) = evaluate.seed_summaries(summaries)
+    (group,) = seed_summaries(summaries)
     assert group["model"] == "r-s*" and group["runs"] == 2 and group["flexible"] == 0.6
     assert group["flexible_interval"] == (0, 1)  # ± 12.7 standard errors, cut to what can be
 
@@ -412,9 +414,9 @@ def test_a_set_with_some_latex_answers_gets_the_math_score_everywhere():
     assert [row["math"] for row in rows] == [True, True]
     assert [row["flexible"] for row in rows] == [True, False]  # the last number is 2
     assert main_score(rows) == "math"
-    assert evaluate.full_summary(rows, 1)["math"] == 1.0
+    assert full_summary(rows, 1)["math"] == 1.0
     rows = evaluate.grade_fully([raw(problems[1], texts[1])], problems[1:])
-    assert "math" not in rows[0] and "math" not in evaluate.full_summary(rows, 1)
+    assert "math" not in rows[0] and "math" not in full_summary(rows, 1)
 
 
 def test_rows_in_flight_follow_memory(monkeypatch):

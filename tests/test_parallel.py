@@ -95,6 +95,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, train
 from plumbing import parallel
+from plumbing.metrics import update_metrics
 from test_train import made_up_rollout, settings
 from model import Qwen2
 from types import SimpleNamespace
@@ -115,7 +116,7 @@ for equal in ([], [0], [1], [0, 1], [2, 3], [0, 2], [0, 1, 2, 3]):
     minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
     seen = train.remember_old_policy(run, minibatches, s)
     train.update(run, minibatches, s, seen)
-    train.update_metrics(run, minibatches, s, seen, dict(old_logp_s=1, update_s=1))
+    update_metrics(run, minibatches, s, seen, dict(old_logp_s=1, update_s=1))
     results.append((run.state, [p.detach().clone() for p in policy.parameters()]))
 torch.save(results, f"{{parallel.n_processes()}}-{{parallel.rank()}}.pt")
 parallel.stop()

@@ -20,6 +20,7 @@ from model import Qwen2
 from objectives import OBJECTIVES, noclip
 from plumbing import checkpoint, problems
 from plumbing.files import read_rows
+from plumbing.metrics import exact_log_probs, noise_floor, update_metrics
 from rollout import Rollout
 
 ROOT = Path(train.__file__).resolve().parent
@@ -265,7 +266,7 @@ def test_a_step_of_more_than_2_to_the_24_tokens_makes_its_metrics():
     run = SimpleNamespace(reference=None, state={"optimizer_steps": 1})
     seen = SimpleNamespace(log_ratios=[ramp_M], entropies=[ramp_M], kls=[],
                            norms=[torch.tensor(0.5)])
-    metrics = train.update_metrics(run, [[micro]], settings(), seen,
+    metrics = update_metrics(run, [[micro]], settings(), seen,
                                    {"old_logp_s": 0, "update_s": 1})
     assert metrics["ratio_p50"] == pytest.approx(math.exp(0.5))
     assert metrics["ratio_p99"] == pytest.approx(math.exp(0.99), rel=1e-6)
@@ -380,7 +381,7 @@ def test_exact_log_probs_are_not_tf32_and_leave_the_setting():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        plumbing.run.exact_log_probs(model, SimpleNamespace(batch=None), 1.0)
+        exact_log_probs(model, SimpleNamespace(batch=None), 1.0)
         after = torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision(before)
@@ -399,11 +400,11 @@ def test_the_noise_floor_is_zero_in_fp32_and_not_in_bf16():
     rollout, advantage_PG = made_up_rollout()
     minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
     model = Qwen2.from_pretrained("tiny")
-    assert train.noise_floor(model, minibatches, 1.0) == {"noise_floor_0.1": 0,
+    assert noise_floor(model, minibatches, 1.0) == {"noise_floor_0.1": 0,
                                                           "noise_floor_0.2": 0}
-    assert train.noise_floor(model, [[], []], 1.0) == {}
+    assert noise_floor(model, [[], []], 1.0) == {}
     model = Qwen2.from_pretrained("tiny", dtype="bf16")
-    floor = train.noise_floor(model, minibatches, 0.1)  # a low temperature magnifies the rounding
+    floor = noise_floor(model, minibatches, 0.1)  # a low temperature magnifies the rounding
     assert 0 < floor["noise_floor_0.2"] < floor["noise_floor_0.1"] < 1
     assert model.compute_dtype == torch.bfloat16
 
