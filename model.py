@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing import hub, parallel
 from plumbing.files import read_json
+from plumbing.packed import PackedSequences, packed_works
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the
 # chunked head, 110 and 883 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
@@ -193,6 +194,12 @@ class Qwen2(nn.Module):
         tied = self.config["tie_word_embeddings"]
         return self.model["embed_tokens"].weight if tied else self.lm_head.weight
 
+    @property
+    def n_head_rows(self):
+        """n_real_ids up to the next multiple of 8 (Qwen2.5: 151,665 ids, 151,672 rows): of a matrix
+        of another width bf16 products take twice as long on an H100."""
+        return min(-(-self.n_real_ids // 8) * 8, self.config["vocab_size"])
+
     def logits(self, hidden_NC):
         """(N, V) in the dtype of `hidden_NC`."""
         return F.linear(hidden_NC, self.head_weight.to(hidden_NC.dtype))
@@ -201,12 +208,12 @@ class Qwen2(nn.Module):
         """log softmax(logits / temperature) over the real tokens: (N, n_real_ids) fp32, nats.
 
         The one definition of probability: the sampler, the old, new and reference policy and the
-        entropy all come from here. head_VC: the head's real rows in the dtype of `hidden_NC`,
-        where the caller has them at hand.
+        entropy all come from here. head_VC: the first `n_head_rows` of the head in the dtype of
+        `hidden_NC`, where the caller has them at hand.
         """
         if head_VC is None:
-            head_VC = self.head_weight[:self.n_real_ids].to(hidden_NC.dtype)
-        logits = F.linear(hidden_NC, head_VC).float()
+            head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
+        logits = F.linear(hidden_NC, head_VC)[:, :self.n_real_ids].float()
         return F.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1)
 
     def completion_log_probs(self, batch, temperature=1.0, entropy=False):
@@ -257,7 +264,7 @@ class Qwen2(nn.Module):
     @torch.no_grad()
     def head_in_chunks(self, batch, hidden_MC, temperature):
         """Yields a slice of M, its log-probabilities (M, V) and the head's weights (V, C)."""
-        head_VC = self.head_weight[:self.n_real_ids].to(hidden_MC.dtype)
+        head_VC = self.head_weight[:self.n_head_rows].to(hidden_MC.dtype)
         chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
         for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
             logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, head_VC)
@@ -268,9 +275,11 @@ class Qwen2(nn.Module):
         """Add the head's gradient to the fp32 one of its weight; return that of its input, (M, C).
         """
         gradient_MV = gradient_MV.to(hidden_MC.dtype)
+        if len(head_VC) > self.n_real_ids:
+            gradient_MV = F.pad(gradient_MV, (0, len(head_VC) - self.n_real_ids))
         if self.head_weight.grad is None:
             self.head_weight.grad = torch.zeros_like(self.head_weight)
-        total_VC = self.head_weight.grad[:self.n_real_ids]
+        total_VC = self.head_weight.grad[:len(head_VC)]
         if hidden_MC.dtype == torch.float32:
             total_VC.addmm_(gradient_MV.T, hidden_MC)
         else:
@@ -426,20 +435,25 @@ class SharedPromptAttention:
     prompt_lengths: P ints; completion_lengths: P lists of ints, in tokens.
     """
 
-    def __init__(self, prompt_lengths, completion_lengths, device="cpu"):
+    def __init__(self, prompt_lengths, completion_lengths, device="cpu", packs=None):
         start_P = [0, *accumulate(prompt_lengths)]
         self.n_prompt_tokens = start_P[-1]
         self.prompts = PaddedSequences(start_P[:-1], prompt_lengths, device=device)
-        self.completions = None
+        self.completions = self.packed = None
         lengths = [n for group in completion_lengths for n in group]
+        prompt_of = [p for p, group in enumerate(completion_lengths) for _ in group]
+        start_B = list(accumulate([self.n_prompt_tokens, *lengths]))[:-1]
+        prefixes = [start_P[p] for p in prompt_of], [prompt_lengths[p] for p in prompt_of]
         if sum(lengths):
-            prompt_of = [p for p, group in enumerate(completion_lengths) for _ in group]
-            start_B = accumulate([self.n_prompt_tokens, *lengths[:-1]])
-            self.completions = PaddedSequences(
-                list(start_B), lengths, [start_P[p] for p in prompt_of],
-                [prompt_lengths[p] for p in prompt_of], device)
+            self.completions = PaddedSequences(start_B, lengths, *prefixes, device)
+        if packed_works(SharedPromptAttention, torch.device(device)) if packs is None else packs:
+            none = [0] * len(prompt_lengths)
+            self.packed = PackedSequences(start_P[:-1] + start_B, [*prompt_lengths, *lengths],
+                                          none + prefixes[0], none + prefixes[1], device)
 
     def __call__(self, layer, q_NHD, k_NKD, v_NKD):
+        if self.packed and q_NHD.dtype == torch.bfloat16:
+            return self.packed.attend(q_NHD, k_NKD, v_NKD)
         out = self.prompts.attend(q_NHD, k_NKD, v_NKD)
         if self.completions is None:
             return out

@@ -38,7 +38,6 @@ from plumbing.metrics import peak_memory_gib
 from plumbing.run import groups_that_fit, peak_bytes
 from rollout import flat_batch, generate, n_draws, sample
 
-REAL_IDS = 151_665  # of Qwen2.5's tokenizer; the head has more rows
 PROMPT = 172  # tokens: GSM8K's training prompts with the system instruction have about as many
 CARD = SimpleNamespace(
     shape="qwen2.5-0.5b", rows=(64, 256, 1024), new_tokens=128, prompt=PROMPT,
@@ -104,7 +103,7 @@ def model_folder(folder, size):
     model.load_state_dict(shown.state_dict())
     tokenizer = json.loads(tiny.tokenizer_files["tokenizer.json"])
     words = tokenizer["model"]["vocab"]
-    for i in range(len(words), min(REAL_IDS, config["vocab_size"])):
+    for i in range(len(words), min(ours.REAL_IDS, config["vocab_size"])):
         words[f"w{i}"] = i
     model.tokenizer_files = {**tiny.tokenizer_files,
                              "tokenizer.json": json.dumps(tokenizer).encode()}

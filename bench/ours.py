@@ -27,6 +27,7 @@ SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "24.9m": (384, 1024, 8, 6, 2, 32000),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
     "head": (896, 8, 1, 14, 2, 151936)}  # next to nothing but a head
+REAL_IDS = 151_665  # of Qwen2.5's tokenizer; its head has more rows
 # Chosen to resemble GSM8K's training prompts under Qwen2.5's tokenizer and a plain template, whose
 # lengths have mean 104.6, and 78 and 146 as their 5th and 95th percentiles.
 PROMPT_LENGTHS = (75, 84, 92, 98, 105, 112, 124, 150)
@@ -42,6 +43,7 @@ def make_model(shape, device="cpu", dtype="fp32", seed=0):
         "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": True,
         "max_position_embeddings": 32768, "rope_theta": 1000000.0})).to(device)
     model.compute_dtype = DTYPES[dtype]
+    model.n_real_ids = min(vocabulary, REAL_IDS)
     if dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     return model

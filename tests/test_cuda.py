@@ -7,6 +7,7 @@ from test_train import metrics, run, updated
 import train
 from model import Qwen2, SharedPromptAttention
 from plumbing.engine import LENGTH_STEP, Sampler
+from plumbing.packed import packed_works
 from rollout import flat_batch, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -119,6 +120,21 @@ def test_gradients_are_finite_at_the_lengths_where_a_fused_kernel_once_gave_nan(
         model.zero_grad()
         model.accumulate_gradients(batch, 1.0, lambda logp, chunk: logp.mean())
         assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_packed_attention_is_used_and_gives_the_padded_gradients(folder, monkeypatch):
+    assert packed_works(SharedPromptAttention, torch.device("cuda"))
+    found = []
+    for packs in (packed_works, lambda *arguments: False):
+        monkeypatch.setattr("model.packed_works", packs)
+        model = Qwen2.from_pretrained(folder, "cuda", "bf16")
+        batch = flat_batch(*random_batch(), "cuda")
+        assert (batch.attend.packed is not None) == (packs is packed_works)
+        logp, _ = model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
+        found.append([logp, *(p.grad for p in model.parameters())])
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found))
+    print(f"log-probs and gradients, packed beside padded: at most {worst:.1e} apart")
+    assert worst < 0.05
 
 
 def test_the_bench_runs(tmp_path):

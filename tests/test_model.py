@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import model as model_module
 from model import Qwen2, SharedPromptAttention
 from objectives import noclip, policy_loss
-from plumbing import hub
+from plumbing import hub, packed
 from plumbing.hub import TINY, to_hub
 from rollout import flat_batch
 
@@ -193,6 +193,81 @@ def test_tokens_beyond_the_tokenizer_have_no_probability(pair):
         ours.n_real_ids = 97
     assert logp.shape == (3, 90)
     torch.testing.assert_close(logp.exp().sum(-1), torch.ones(3))
+
+
+def test_the_gradient_of_a_head_with_rows_beyond_the_tokenizer(pair):
+    """90 of 97 rows are tokens; the product takes 96, and the six more change nothing."""
+    ours, _ = pair
+    batch = flat_batch(*random_batch(vocabulary=90))
+    ours.n_real_ids = 90
+    try:
+        assert ours.n_head_rows == 96
+        hidden_MC = ours.predicting_states(batch).detach().requires_grad_()
+        head_VC = ours.head_weight.detach().requires_grad_()
+        logp_MV = (hidden_MC @ head_VC[:90].T / 0.7).log_softmax(-1)
+        (logp_MV.gather(1, batch.target_M[:, None])).square().sum().backward()
+        ours.zero_grad()
+        g_M1 = 2 * logp_MV.gather(1, batch.target_M[:, None]).detach() / 0.7
+        one_MV = torch.nn.functional.one_hot(batch.target_M, 90)
+        gradient_MC = ours.head_backward(g_M1 * (one_MV - logp_MV.detach().exp()), hidden_MC,
+                                         ours.head_weight[:96])
+    finally:
+        ours.n_real_ids = 97
+    torch.testing.assert_close(gradient_MC, hidden_MC.grad)
+    torch.testing.assert_close(ours.head_weight.grad, head_VC.grad)
+    assert not ours.head_weight.grad[90:].any()
+
+
+# ------------------------------------------------------------------ sequences end to end
+
+def kernel_in_words(q_NHD, k_JKD, v_JKD, query_ends, key_ends, longest_q, longest_k, *rest):
+    """What FlashAttention-2 does, sequence by sequence."""
+    assert rest == (0.0, True, False)  # no dropout, causal, no mask wanted
+    assert longest_q == query_ends.diff().max() and longest_k == key_ends.diff().max()
+    outs = []
+    for b in range(len(query_ends) - 1):
+        q, k, v = (x[ends[b]:ends[b + 1]].transpose(0, 1) for x, ends in (
+            (q_NHD, query_ends), (k_JKD, key_ends), (v_JKD, key_ends)))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        visible = torch.ones(q.shape[1], k.shape[1]).tril(k.shape[1] - q.shape[1]).bool()
+        score = (q @ k.mT * q.shape[-1]**-0.5).masked_fill(~visible, -torch.inf)
+        outs.append((score.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outs), None
+
+
+def test_packed_attention_equals_padded_attention(pair, monkeypatch):
+    monkeypatch.setattr(packed, "flash_attention", kernel_in_words)
+    ours, _ = pair
+    prompts, completions = random_batch()
+    sizes = [len(p) for p in prompts], [[len(c) for c in group] for group in completions]
+    H, K, D = (ours.config[name] for name in ("num_attention_heads", "num_key_value_heads",
+                                              "head_dim"))
+    qkv = [torch.randn(29, heads, D) for heads in (H, K, K)]
+    expected = model_module.SharedPromptAttention(*sizes)(0, *qkv)
+    attention = model_module.SharedPromptAttention(*sizes, packs=True)
+    torch.testing.assert_close(attention.packed.attend(*qkv), expected)
+    assert attention(0, *qkv).equal(expected)  # fp32 is padded
+    half = [x.bfloat16() for x in qkv]
+    assert attention(0, *half).equal(attention.packed.attend(*half))
+
+
+def test_a_kernel_that_errs_is_not_used_and_the_run_says_so(monkeypatch, capsys):
+    def works(kernel):
+        monkeypatch.setattr(packed, "flash_attention", kernel)
+        packed.packed_works.cache_clear()
+        monkeypatch.setattr(packed, "runs_on", lambda device: True)
+        return packed.packed_works(model_module.SharedPromptAttention, torch.device("cpu"))
+
+    def missing(*arguments):
+        raise NotImplementedError("no such kernel\nand more")
+    try:
+        assert works(kernel_in_words) and capsys.readouterr().err == ""
+        assert not works(lambda *a: (kernel_in_words(*a)[0] * 1.1, None))
+        assert "on cpu: the two differ by" in capsys.readouterr().err
+        assert not works(missing)
+        assert "attention pads its sequences on cpu: no such kernel\n" in capsys.readouterr().err
+    finally:
+        packed.packed_works.cache_clear()
 
 
 def edited(tmp_path, **changes):
