@@ -407,7 +407,7 @@ class Tokenizer:
     name_or_path = "stand-in"
     chat_template = "some template"
 
-    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False):
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False, **_):
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         text += "<assistant>" * add_generation_prompt
         return text if not tokenize else {"input_ids": self.encode(text)}
