@@ -62,10 +62,14 @@ def files(tmp_path_factory):
 THEIRS = """
 import json, sys, torch
 from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 gguf, out, texts = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+model = LlamaForCausalLM(LlamaConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)).eval()
+weights = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model)["tensors"]
+assert model.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]
+model.tie_weights()
 ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 with torch.no_grad():
     torch.save([ids, [model(torch.tensor([x])).logits[0] for x in ids]], out)
