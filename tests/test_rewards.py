@@ -553,6 +553,18 @@ def test_the_four_sets_load_whole_and_every_gold_scores_one_against_itself(hub):
     assert "'Mrs. Hilt', 'Yes', 'Purple'" in done.stderr
 
 
+def test_a_prompt_never_asks_for_thinking_and_never_names_today():
+    # the switch of Qwen3's template, and the date of Llama 3's, as the two ask for them
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}{{ date_string }}: {{ messages[1]['content'] }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}")
+    text = prompt_text(tokenizer, Problem("x/0", "How many?", "18", "number"))
+    assert text == "26 Jul 2024: How many?<think></think>"
+
+
 QWEN_PROMPT = """
 from transformers import AutoTokenizer
 from rewards import Problem, build_prompt, prompt_text
