@@ -126,7 +126,7 @@ def rotary_table(positions_N, c, dtype):
     """
     i = torch.arange(0, c["head_dim"], 2, device=positions_N.device, dtype=torch.float32)
     speed, rope = c["rope_theta"] ** (-i / c["head_dim"]), hub.rope_of(c)
-    if rope.get("rope_type") == "llama3":
+    if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = speed * rope["original_max_position_embeddings"] / math.tau
         kept = ((turns - low) / (high - low)).clamp(0, 1)

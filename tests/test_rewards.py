@@ -560,7 +560,7 @@ def test_a_prompt_never_asks_for_thinking_and_never_names_today():
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
         "{% endif %}{{ date_string }}: {{ messages[1]['content'] }}"
-        "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}")
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}")
     text = prompt_text(tokenizer, Problem("x/0", "How many?", "18", "number"))
     assert text == "26 Jul 2024: How many?<think></think>"
 
