@@ -1,4 +1,4 @@
-"""Qwen2.5 from scratch: forward pass, log-probabilities, loading and saving in the hub's format.
+"""Qwen2.5, Qwen3 and Llama from scratch: forward, log-probabilities, loading and saving.
 
 What it does    `Qwen2.forward` takes the tokens of many sequences end to end on one flat axis. Only
                 the function `attend` it is handed knows which token may see which, so one forward
@@ -8,14 +8,15 @@ What it does    `Qwen2.forward` takes the tokens of many sequences end to end on
 Not here        cached decoding (plumbing/engine.py), the loss (objectives.py), files
                 (plumbing/hub.py).
 Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
-Where to fork   another architecture: `Layer` holds what is particular to Qwen2.5; ARCHITECTURE in
-                plumbing/hub.py names what `from_pretrained` accepts.
+Where to fork   another family: `Attention` and `rotary_table` hold what differs between those here,
+                by the `model_type` of config.json; FAMILIES in plumbing/hub.py names them.
 
 Axis letters: N flat tokens, M completion tokens among them (within the head's loop: those of one
 chunk), C model width, H query heads, K key/value heads, D head width, V vocabulary; inside
 attention B sequences, T their own tokens, J the tokens they see.
 """
 import argparse
+import math
 from itertools import accumulate
 from pathlib import Path
 
@@ -58,19 +59,27 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: bias on q, k and v, rotary positions, none of the masking."""
+    """Grouped-query attention with rotary positions, none of the masking. Qwen2 has a bias on q, k
+    and v; Qwen3 has none, and norms each head's query and key; Llama has neither."""
 
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.n_kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
         width, self.head_width = c["hidden_size"], c["head_dim"]
-        self.qkv_proj = Linear(width, (self.n_heads + 2 * self.n_kv_heads) * self.head_width)
+        self.qkv_proj = Linear(width, (self.n_heads + 2 * self.n_kv_heads) * self.head_width,
+                               bias=c["model_type"] == "qwen2")
+        self.has_norms = c["model_type"] == "qwen3"
+        if self.has_norms:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_width, c["rms_norm_eps"])
+                                        for _ in range(2))
         self.o_proj = Linear(self.n_heads * self.head_width, width, bias=False)
 
     def queries_keys_values(self, x, rotary):
         """(N, H, D), (N, K, D), (N, K, D)."""
         H, K = self.n_heads, self.n_kv_heads
         qk, v = self.qkv_proj(x).view(-1, H + 2 * K, self.head_width).split([H + K, K], 1)
+        if self.has_norms:
+            qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], 1)
         return *rotate(qk, rotary).split([H, K], 1), v
 
 
@@ -109,10 +118,21 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def rotary_table(positions_N, head_width, theta, dtype):
-    """cos and ∓sin of position · theta^(−2i/D), each (N, 1, D): angles in fp32, then `dtype`."""
-    i = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32)
-    angle = (positions_N[:, None].float() * theta ** (-i / head_width))[:, None]  # (N, 1, D/2)
+def rotary_table(positions_N, c, dtype):
+    """cos and ∓sin of position · theta^(−2i/D), each (N, 1, D): angles in fp32, then `dtype`.
+
+    Llama 3.1 and later (arXiv:2407.21783) turn slow pairs `factor` times slower: those that make
+    fewer than `low_freq_factor` turns in the context of pretraining, and in part those that make
+    fewer than `high_freq_factor`.
+    """
+    i = torch.arange(0, c["head_dim"], 2, device=positions_N.device, dtype=torch.float32)
+    speed, rope = c["rope_theta"] ** (-i / c["head_dim"]), hub.rope_of(c)
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = speed * rope["original_max_position_embeddings"] / math.tau
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / rope["factor"])
+    angle = (positions_N[:, None].float() * speed)[:, None]  # (N, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
@@ -124,8 +144,9 @@ def rotate(x, rotary):
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 (arXiv:2412.15115). q, k and v are one matrix here, gate and up another
-    (plumbing/hub.py converts from the hub's separate ones).
+    """Qwen2 and Qwen2.5 (arXiv:2412.15115), Qwen3 (2505.09388) or Llama (2407.21783), as config
+    says. q, k and v are one matrix here, gate and up another (plumbing/hub.py converts from the
+    hub's separate ones).
 
     config         dict, the fields of a hub `config.json`
     compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
@@ -178,9 +199,8 @@ class Qwen2(nn.Module):
         attend(layer, q_NHD, k_NKD, v_NKD) -> (N, H, D): attention among these tokens.
         Returns (N, C) in `compute_dtype`.
         """
-        c = self.config
         x = F.embedding(ids_N, self.model["embed_tokens"].weight).to(self.compute_dtype)
-        rotary = rotary_table(positions_N, c["head_dim"], c["rope_theta"], self.compute_dtype)
+        rotary = rotary_table(positions_N, self.config, self.compute_dtype)
         for number, layer in enumerate(self.model["layers"]):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, attend, number, use_reentrant=False)

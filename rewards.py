@@ -45,6 +45,8 @@ MODES = ("correct", "paper", "noise")
 
 INSTRUCTION = ("Solve the problem step by step and show each step. Then end with one last line "
                "that holds only the answer, in the form: #### ")
+# Qwen3 thinks aloud first unless told not to; Llama 3's prompt names today's date unless given one.
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # Llama 3.2's default
 
 
 def prompt_text(tokenizer, problem):
@@ -62,7 +64,8 @@ def prompt_text(tokenizer, problem):
     messages = [{"role": "system", "content": INSTRUCTION + form},
                 {"role": "user", "content": problem.question}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                             **TEMPLATE_SETTINGS)
     except Exception as e:  # a template is a program in Jinja
         raise ValueError(f"the chat template of {tokenizer.name_or_path} fails with a system and a "
                          f"user message: {e}") from e

@@ -7,11 +7,14 @@ Where to fork   a new arm is a line in ARMS; a new experiment an entry of EXPERI
                 objective a function, as log_pspo is.
 
 The model, problems and steps are those of `python train.py` on a laptop: 0.6M parameters, 100
-rollouts of 8 prompts × 8 completions, AdamW, learning rate 1e-5 at first and 0 at the end.
+rollouts of 8 prompts × 8 completions, AdamW, learning rate 1e-5 at first and 0 at the end. Those of
+the experiments smollm2… are of `python train.py --model smollm2`, 20 rollouts of 8 × 8, and run on
+a GPU where there is one.
 """
 import torch
 
 from objectives import OBJECTIVES, pspo
+from plumbing.settings import PRESETS
 
 BASE = ("--model tiny --device cpu --dtype fp32 --threads 1 --test-problems 0 --validate-every 20 "
         "--checkpoint-every 1000 --keep 1")
@@ -52,12 +55,14 @@ FOUR = ("clip ε 0.2", "noclip (α 0)", "pspo α 0.1", "log_pspo α 0.1")
 NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
 EPOCHS, TIMES = (1, 2, 4, 8, 16), (1, 3, 10)  # of the grid: passes over a rollout, rate ×
 FIFTH = 5  # "on the way" is at the end of the first of so many parts of a run
+SMOLLM2 = "--model smollm2 --validate-every 4"  # 4: a fifth of its steps
+SMOLLM2_RATES = (2e-6, 1e-5)  # of the grid, beside its own
 AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, rate ×
 
 
 def seeds(name):
-    """Of an experiment: five; three in the grid; ten where some runs collapse and others do not."""
-    return range({"stress": 10, "reuse": 3}.get(name, 5))
+    """Of an experiment: five; three in grids; ten where some runs collapse and others do not."""
+    return range({"stress": 10, "reuse": 3, "smollm2_rates": 3}.get(name, 5))
 
 
 def reuse(epochs, times):
@@ -68,6 +73,16 @@ def reuse(epochs, times):
 def stale(arm, steps, times):
     """Flags for an arm with 2 epochs and rollouts of so many steps ago."""
     return ARMS[arm] + reuse(2, times) + (f" --stale {steps}" if steps else "")
+
+
+def smollm2(rate, more=""):
+    """{label: flags} of a pretrained model at this learning rate: four arms with two and eight
+    epochs, and one without a clip in a single pass."""
+    runs = [(arm, ARMS[arm], epochs) for epochs in (2, 8) for arm in NOISY]
+    runs.append(("noclip, one pass", ARMS["noclip (α 0)"], 1))
+    return {f"{arm} | {epochs} | {rate:g}":
+            f"{SMOLLM2} {flags} --epochs {epochs} --learning-rate {rate:g}{more}"
+            for arm, flags, epochs in runs}
 
 
 # name -> {label of a cell: flags}
@@ -113,4 +128,9 @@ EXPERIMENTS = {
         "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
               for epochs in EPOCHS for times in TIMES for arm in FOUR},
+    "smollm2": {"base model | – | 0": f"{SMOLLM2} --learning-rate 0 --steps 1 --validate-every 1",
+                **smollm2(PRESETS["smollm2"]["learning_rate"])},
+    "smollm2_rates": {label: flags for rate in SMOLLM2_RATES
+                      for label, flags in smollm2(rate).items()},
+    "smollm2_bf16": smollm2(PRESETS["smollm2"]["learning_rate"], " --dtype bf16"),
 }

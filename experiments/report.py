@@ -32,6 +32,12 @@ COMPARED = (ACCURACY, ON_THE_WAY)  # columns that are followed by differences
 KL = ("KL(old‖new) (10⁻³ nats)", "kl_old_new", 1e3, 2)
 REMOVED = ("gradient a 0.2 clip removes (%)", "clip_removed", 100, 1)
 NORM = ("gradient norm", "gradient_norm", 1, 2)
+FORMAT = ("format (%)", "test_format", 100, 1)
+LENGTH = ("tokens", "test_n_tokens", 1, 1)
+LEAKAGE = ("leakage (%)", "test_leakage", 100, 1)
+RATIO_LOW, RATIO_HIGH = ("r, 1st percentile", "ratio_p1", 1, 2), ("99th", "ratio_p99", 1, 2)
+SAMPLE_SIZE = ("effective sample size (%)", "effective_sample_size", 100, 1)
+SMOLLM2 = ("smollm2", "smollm2_rates", "smollm2_bf16")
 LOST = ("optimizer steps lost (%)", lambda row: None if row["failed"] else
         row["skipped_steps"] / row["optimizer_steps"], 100, 0)
 
@@ -53,6 +59,8 @@ TABLES = {
               ("of other tokens' (%)", "removed_others", 100, 1)],
     "token": [ACCURACY, ON_THE_WAY],
     "noise": [ACCURACY, ON_THE_WAY],
+    **{name: [ACCURACY, ON_THE_WAY, FORMAT, LENGTH, LEAKAGE, *map(on_the_way_too, (
+        KL, REMOVED, RATIO_LOW, RATIO_HIGH, SAMPLE_SIZE)), LOST] for name in SMOLLM2},
     "hopeless": [ACCURACY,
                  ("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
@@ -61,11 +69,12 @@ AGAINST = {  # which part of a cell's label is another in the cell compared with
     "mild": [(0, "clip ε 0.2")], "stress": [(0, "clip ε 0.2")], "reuse": [(0, "clip ε 0.2")],
     "stale": [(0, "clip ε 0.2")], "token": [(0, "all"), (0, "none")],
     "noise": [(0, "noclip (α 0)"), (1, "fp32")],
+    **{name: [(0, "clip ε 0.2"), (0, "noclip (α 0)")] for name in SMOLLM2},
     "alpha": [(0, "α 0")], "hopeless": [(0, "base model"), (0, "paper's reward")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago", "rate ×"],
     "where": ["arm", "steps ago", "rate ×"], "token": ["tokens with a clip at 0.2", "rate ×"],
-    "noise": ["arm", "log-probs"]}
+    "noise": ["arm", "log-probs"], **{name: ["arm", "epochs", "rate"] for name in SMOLLM2}}
 
 
 # ------------------------------------------------------------------ numbers of cells
@@ -138,7 +147,7 @@ def table(rows, name):
             line.append(in_numbers(x.values(), factor, digits))
             for i, part in against:
                 other = " | ".join([*parts[:i], part, *parts[i + 1:]])
-                line.append("" if label == other else
+                line.append("" if label == other or other not in EXPERIMENTS[name] else
                             difference(x, values(rows, name, other, key)))
         lines.append(line)
     return markdown(header, lines)

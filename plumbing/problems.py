@@ -12,11 +12,12 @@ import random
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from plumbing.files import hub_errors, numbered_rows
 from plumbing.latex import LONGEST_LATEX
 from plumbing.number import as_text, gold_number
+from plumbing.onestep import onestep_rows
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 LATEX_MARKS = re.compile(r"[\\^]|^\$.*\$$")
@@ -33,7 +34,8 @@ class Problem(NamedTuple):
 class Source(NamedTuple):
     """Where the rows of a set lie, and how a row is read."""
     splits: dict  # our name of a split: the hub's
-    repo: str | None = None  # on the hub; a set without one lies in tiny/<split>.jsonl
+    repo: str | None = None  # on the hub; a set without one lies in tiny/<split>.jsonl, or is
+    rows: Callable | None = None  # made by a function of the split
     config: str | None = None
     question: tuple = ("question",)  # columns, joined by a space
     answer: str = "answer"  # column
@@ -44,6 +46,7 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 TRAIN_AND_TEST = {"train": "train", "test": "test"}
 SETS = {
     "tiny": Source({**TRAIN_AND_TEST, "validation": "validation"}),
+    "onestep": Source({**TRAIN_AND_TEST, "validation": "validation"}, rows=onestep_rows),
     # the hub also has a config `socratic`
     "gsm8k": Source(TRAIN_AND_TEST, repo="openai/gsm8k", config="main"),
     "svamp": Source(TRAIN_AND_TEST, repo="ChilleD/SVAMP", question=("Body", "Question"),
@@ -114,6 +117,9 @@ def find_rows(name_or_path, split):
             hub_split = source.splits[split]
             return (source, f"{source.repo} ({hub_split})", f"{name}/{split}",
                     hub_rows(source.repo, source.config, hub_split))
+        if source.rows:
+            rows = enumerate(source.rows(split))
+            return source, name, f"{name}/{split}", ((f"row {n}", row) for n, row in rows)
         file = TINY / f"{split}.jsonl"
         return source, file, f"{name}/{split}", file_rows(file)
     if os.path.isfile(name) or name.endswith((".jsonl", ".json")):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
 from model import Qwen2, SharedPromptAttention
@@ -13,20 +13,30 @@ from plumbing import hub, packed
 from plumbing.hub import TINY, to_hub
 from rollout import flat_batch
 
-SHAPES = [  # width, heads, K/V heads, MLP, layers, tied
+SHAPES = [  # width, heads, K/V heads, MLP, layers, tied, family
     (14 * 8, 14, 2, 200, 2, True), (14 * 8, 14, 2, 200, 2, False), (64, 4, 4, 96, 3, False),
-    (48, 6, 1, 100, 1, True), (128, 4, 2, 384, 3, True)]
+    (48, 6, 1, 100, 1, True), (128, 4, 2, 384, 3, True),
+    (9 * 8, 9, 3, 200, 2, True, "llama"), (64, 4, 2, 96, 3, False, "llama"),
+    (64, 4, 1, 96, 2, True, "llama3"), (48, 6, 2, 100, 3, True, "qwen3"),
+    (64, 4, 4, 96, 2, False, "qwen3")]
+FAMILIES = {  # settings of transformers, beside the shape
+    "qwen2": ("qwen2", {"rope_theta": 1e6}), "llama": ("llama", {"rope_theta": 1e5}),
+    "llama3": ("llama", {"rope_parameters": {  # the slow pairs are scaled, one of them in part
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "qwen3": ("qwen3", {"rope_theta": 1e6, "head_dim": 24})}
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile with")
 
 
-def theirs(width, heads, kv_heads, mlp, layers, tied, vocabulary=97):
-    """A transformers Qwen2 with random weights large enough to matter, biases and norms too."""
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=width, num_attention_heads=heads,
+def theirs(width, heads, kv_heads, mlp, layers, tied, family="qwen2", vocabulary=97):
+    """A transformers model with random weights large enough to matter, biases and norms too."""
+    model_type, settings = FAMILIES[family]
+    config = AutoConfig.for_model(
+        model_type, vocab_size=vocabulary, hidden_size=width, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=mlp, num_hidden_layers=layers,
-        tie_word_embeddings=tied, max_position_embeddings=128, rope_theta=1e6, eos_token_id=5)
-    network = Qwen2ForCausalLM(config).eval()
+        tie_word_embeddings=tied, max_position_embeddings=128, eos_token_id=5, **settings)
+    network = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, p in network.named_parameters():
         mean = 1.0 if "norm" in name else 0.0
@@ -149,6 +159,20 @@ def test_save_load_save_is_byte_identical_and_transformers_loads_it(pair, tmp_pa
     with torch.no_grad():
         assert torch.equal(again(ids).logits, network(ids).logits)
     assert again.generation_config.eos_token_id == [5]
+
+
+def test_older_files_spell_llama_3s_rotary_settings_otherwise(tmp_path):
+    network = theirs(*next(shape for shape in SHAPES if "llama3" in shape))
+    network.save_pretrained(tmp_path)
+    newer = Qwen2.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    older = Qwen2.from_pretrained(tmp_path)
+    tables = [model_module.rotary_table(torch.arange(128), m.config, torch.float32)
+              for m in (newer, older)]
+    assert all(map(torch.equal, *tables))
 
 
 def test_bf16_weights_become_fp32_masters_and_are_saved_as_fp32(tmp_path):
@@ -280,7 +304,12 @@ def edited(tmp_path, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model_type": "llama"}, "'llama'; expected 'qwen2'"),
+    ({"model_type": "mistral"}, "'mistral'; expected 'qwen2', 'qwen3', 'llama'"),
+    ({"model_type": "llama"}, "do not fit config.json.*bias: expected None, found"),
+    ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
+    ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "factor is None"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
     ({"use_sliding_window": True}, "use_sliding_window"),

@@ -122,9 +122,9 @@ def test_every_flag_of_train_is_in_the_table_with_its_default():
     for action in parser._actions:
         if action.dest != "help":
             default = "by device" if action.dest in by_device else str(action.default)
-            embedded = settings.PRESETS["tiny"].get(action.dest, "")
-            flags[action.option_strings[0]] = (default, str(embedded))
-    found = {row[0].strip("`"): (row[2], row[3])
+            presets = [str(preset.get(action.dest, "")) for preset in settings.PRESETS.values()]
+            flags[action.option_strings[0]] = [default, *presets]
+    found = {row[0].strip("`"): row[2:]
              for row in rows_of_table("docs/flags.md", "# All flags")}
     assert found == flags
 
@@ -177,7 +177,7 @@ def test_every_file_of_the_two_folders_is_in_the_table():
 def test_every_program_that_the_pages_run_is_there():
     """`python x.py` and `python -m a.b` name a file; `python -m a` a file or a package."""
     commands = {found for page in PAGES.values()
-                for found in re.findall(r"python (?:-m ([a-z_.]+)|([a-z_/]+\.py))", page)}
+                for found in re.findall(r"python (?:-m ([a-z0-9_.]+)|([a-z_/]+\.py))", page)}
     assert len(commands) > 10
     for module, script in commands - {("pytest", "")}:
         path = ROOT / (script or module.replace(".", "/") + ".py")

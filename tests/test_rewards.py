@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from plumbing import latex
+from plumbing import latex, onestep
 from plumbing.number import as_text, gold_number
 from plumbing.problems import read_problems
 from rewards import (
@@ -380,14 +380,32 @@ def test_a_file_that_is_not_utf8_or_not_there_is_refused(tmp_path):
 
 
 def test_unknown_names_and_splits_are_refused_with_the_valid_ones():
-    with pytest.raises(ValueError, match="'gsm9k'; expected tiny, gsm8k, svamp, asdiv, math500, or "
-                                         "the path of a .jsonl file"):
+    with pytest.raises(ValueError, match="'gsm9k'; expected tiny, onestep, gsm8k, svamp, asdiv, "
+                                         "math500, or the path of a .jsonl file"):
         load_problems("gsm9k")
     for name, splits in [("gsm8k", "train, test"), ("openai/gsm8k", "train, test"),
                          ("svamp", "train, test"), ("asdiv", "test, validation"),
                          ("math500", "test"), ("tiny", "train, test, validation")]:
         with pytest.raises(ValueError, match=f"has no split 'dev'; it has {splits}$"):
             load_problems(name, "dev")
+
+
+def test_onestep_problems_are_right_and_none_is_in_two_splits_or_in_tiny():
+    splits = {split: load_problems("onestep", split) for split in ("train", "validation", "test")}
+    assert {split: len(p) for split, p in splits.items()} == {
+        "train": 972, "validation": 100, "test": 200}
+    questions = [p.question for problems in splits.values() for p in problems]
+    questions += [p.question for split in splits for p in load_problems("tiny", split)]
+    assert len(set(questions)) == len(questions)
+    wordings = {}  # a wording with its two numbers: the splits that have it
+    for split, problems in splits.items():
+        for p in problems:
+            a, b = map(int, re.findall("[0-9]+", p.question))
+            assert int(p.gold) in (a + b, a - b, a * b) and int(p.gold) > 0
+            wording = re.sub("|".join(onestep.NAMES + onestep.THINGS), "_", p.question)
+            wordings.setdefault(wording, set()).add(split)
+    assert len(wordings) == 624 and all(len(found) == 1 for found in wordings.values())
+    assert load_problems("onestep", "test") == splits["test"]
 
 
 def test_the_embedded_problems_load_in_every_split():
@@ -407,7 +425,7 @@ class Tokenizer:
     name_or_path = "stand-in"
     chat_template = "some template"
 
-    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False):
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False, **_):
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         text += "<assistant>" * add_generation_prompt
         return text if not tokenize else {"input_ids": self.encode(text)}
@@ -533,6 +551,18 @@ def test_the_four_sets_load_whole_and_every_gold_scores_one_against_itself(hub):
         "1st", "6th", "February 3rd", "The 60th caller.", "Vendor 2"]
     assert "asdiv, test: left out 122 of 2215 problems" in done.stderr
     assert "'Mrs. Hilt', 'Yes', 'Purple'" in done.stderr
+
+
+def test_a_prompt_never_asks_for_thinking_and_never_names_today():
+    # the switch of Qwen3's template, and the date of Llama 3's, as the two ask for them
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}{{ date_string }}: {{ messages[1]['content'] }}"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}")
+    text = prompt_text(tokenizer, Problem("x/0", "How many?", "18", "number"))
+    assert text == "26 Jul 2024: How many?<think></think>"
 
 
 QWEN_PROMPT = """

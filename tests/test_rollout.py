@@ -38,7 +38,11 @@ def flat(nested):
 
 # ---------------------------------------------------------------- decoding
 
-def test_greedy_text_equals_transformers(model, network, machine):
+@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[5:]], ids=str)
+def test_greedy_text_equals_transformers(shape, machine, tmp_path):
+    network = theirs(*shape)
+    network.save_pretrained(tmp_path)
+    model = Qwen2.from_pretrained(tmp_path)
     result = generate(model, some_prompts(), 1, 40, 0.0)
     for prompt, (ours,) in zip(some_prompts(), result.completions, strict=True):
         output = network.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)

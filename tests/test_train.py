@@ -573,7 +573,7 @@ def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     (["--learning-rate", "-1"], "--learning-rate is -1"), (["--beta", "nan"], "--beta is nan"),
     (["--rollout-rows", "3"], "--rollout-rows 3 does not hold one group of 4"),
     (["--resume"], "no run in runs/tiny-pspo-s0"),
-    (["--data", "gms8k"], "unknown data set 'gms8k'; expected tiny, gsm8k"),
+    (["--data", "gms8k"], "unknown data set 'gms8k'; expected tiny, onestep"),
     (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     (["--model", "no/such/folder"], "no/such/folder: neither a model folder here nor"),
     (["--max-new-tokens", "250"], "longest prompt has .* tokens.*context holds 256"),
