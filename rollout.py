@@ -26,7 +26,9 @@ import torch
 from tqdm import tqdm
 
 from model import SharedPromptAttention
+from plumbing import engine
 from plumbing.engine import sampler_for
+from plumbing.fast_decode import draw_in_chunks
 from plumbing.settings import check_sampling
 from rewards import build_prompt
 
@@ -205,6 +207,8 @@ def sample(logp_RV, u_RU, temperature, top_p):
     """
     if temperature == 0:
         return logp_RV.argmax(-1)
+    if top_p >= SORT_BELOW and logp_RV.is_cuda and engine.FAST:
+        return draw_in_chunks(logp_RV, u_RU, top_p)
     prob_RV = logp_RV.exp()
     if top_p >= SORT_BELOW:
         return draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)

@@ -25,7 +25,6 @@ import plumbing.run
 import train
 from evaluate import answer_problems
 from evaluation.style import style
-from evaluation.summaries import summarise
 from experiments.cells import BASE, FIFTH
 from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss

@@ -22,12 +22,15 @@ tokens, T positions (J those of keys), V vocabulary, H query heads, K key/value 
 heads that share one, D head width, U uniform numbers for one token.
 """
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from model import SharedPromptAttention
+from plumbing.fast_decode import FlashCache, decode, fast_works
 
+FAST = False  # on CUDA in bf16: the step of fast_decode.py
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
 REFILL = 16  # chosen: 1/16 of the places are filled together, so that new prompts are, too
 LENGTH_STEP = 32  # chosen, on CUDA: graphs are captured for cached lengths of 32, 64, 96, … tokens
@@ -73,6 +76,7 @@ class CachedAttention:
         self.own_v = zeros(n_rows, K, max_new_tokens, D)
         self.mask_PT = torch.zeros(n_prompts, longest_prompt, device=model.device)
         self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
+        self.n_places, self.longest = n_prompts, longest_prompt
         self.n_prompts = n_prompts  # places in use, the first ones
 
     def seat(self, seat_R, row_n):
@@ -169,7 +173,7 @@ def sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws, c
     key = (Sampler, *settings[:-1], *sorted(choose.keywords.items()), model.compute_dtype,
            model.n_real_ids, *model.stop_ids)
     kept = model.kept_samplers
-    if key not in kept or kept[key].attention.mask_PT.shape[1] < longest:
+    if key not in kept or kept[key].attention.longest < longest:
         kept.pop(key, None)
         while len(kept) > 1:
             kept.pop(next(iter(kept)))
@@ -215,8 +219,11 @@ class Sampler:
                  n_draws, choose):
         self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
         self.temperature = choose.keywords["temperature"] or 1.0  # 0 is greedy
-        self.attention = CachedAttention(model, n_rows, n_prompts, group_size, longest_prompt,
-                                         max_new_tokens)
+        fast = (FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
+                and fast_works(model, CachedAttention))
+        self.attention = (FlashCache if fast else CachedAttention)(
+            model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens)
+        self.forward = partial(decode, model) if fast else model
         self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
         self.places = torch.arange(n_rows, device=model.device)
         self.graphs = {}  # of step, on CUDA; they share one pool of memory and one stream
@@ -240,7 +247,7 @@ class Sampler:
         r = self.rows
         t_R = r.length.clamp(max=self.T - 1)  # one that has ended goes on; nobody reads it
         self.attention.look_at(r.seat, t_R, n_own)
-        hidden_RC = self.model(r.token, r.start + r.length, self.attention)
+        hidden_RC = self.forward(r.token, r.start + r.length, self.attention)
         logp_RV = self.model.log_probs(hidden_RC, self.temperature)
         token_R = self.choose(logp_RV, r.u[self.places[:len(t_R)], t_R])
         column_R1 = torch.where(r.running, r.length, self.T)[:, None]
@@ -285,7 +292,7 @@ class Sampler:
         bar: tqdm's, over T tokens for every completion; one that ends early gives up the rest.
         """
         self.resize(len(self.places))
-        self.attention.n_prompts = len(self.attention.mask_PT)
+        self.attention.n_prompts = self.attention.n_places
         rows = [(p, g) for p in range(len(prompts)) for g in range(self.G)]
         self.waiting, self.row_at, done = deque(rows), {}, {}  # row_at: place -> (prompt, sample)
         self.free = list(range(len(self.places)))[::-1]

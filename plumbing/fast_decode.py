@@ -1,0 +1,225 @@
+"""A decode step of fewer kernels, for CUDA in bf16: engine.py says what it computes.
+
+What it does    `FlashCache` attends with two kernels a layer (FlashAttention-2, arXiv:2307.08691):
+                one for the keys of the prompts, each read once for its whole group, one for the
+                rows' own; their results are weighed by their log-sum-exps. `decode` is the model's
+                forward for one token of each row; what lies between two matrix products is one
+                compiled function. `draw_in_chunks` draws tokens in two passes over the vocabulary.
+Not here        the plain step, which runs everywhere else and where `fast_works` finds that the
+                two differ: engine.CachedAttention and model.Qwen2.forward.
+
+Axis letters as in engine.py; E the width of queries, keys and values together, C chunks.
+"""
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from model import rotary_table, rotate
+from plumbing.packed import flash_attention
+
+CHUNK = 1024  # chosen: tokens of the vocabulary whose probabilities are added up together
+LARGEST_DIFFERENCE = 0.05  # chosen, of hidden states beside their norm: bf16 rounds to 0.004
+
+
+def compiled(function):
+    """Compiled once for all layers and all numbers of rows, when it first runs on CUDA."""
+    fast = torch.compile(function, dynamic=True)
+
+    def either(x, *rest):
+        return (fast if x.is_cuda else function)(x, *rest)
+    return either
+
+
+# ------------------------------------------------------------------ the model, for one token a row
+
+def decode(model, ids_R, positions_R, cache):
+    """The hidden states that predict the next token of each row: (R, width)."""
+    eps, K = model.config["rms_norm_eps"], model.config["num_key_value_heads"]
+    rotary = rotary_table(positions_R, model.config, model.compute_dtype)
+    x = F.embedding(ids_R, model.model["embed_tokens"].weight)
+    y = torch.zeros_like(x)
+    for number, layer in enumerate(model.model["layers"]):
+        attention, mlp = layer.self_attn, layer.mlp
+        x, y = add_and_norm(x, y, layer.input_layernorm.weight, eps)
+        q_RhKD = rotate_and_store(attention.qkv_proj(y), *rotary, *norm_weights(attention), eps,
+                                  cache.own_k[number], cache.own_v[number], cache.t_R, K)
+        y = attention.o_proj(cache.attend(number, q_RhKD))
+        x, y = add_and_norm(x, y, layer.post_attention_layernorm.weight, eps)
+        y = mlp.down_proj(swiglu(mlp.gate_up_proj(y)))
+    return add_and_norm(x, y, model.model["norm"].weight, eps)[1]
+
+
+def norm_weights(attention):
+    has = attention.has_norms
+    return (attention.q_norm.weight, attention.k_norm.weight) if has else (None, None)
+
+
+@compiled
+def add_and_norm(x, y, weight, eps):
+    """The stream x with y added, and its RMSNorm."""
+    x = x + y
+    return x, F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@compiled
+def rotate_and_store(qkv_RE, cos, sin, q_norm, k_norm, eps, own_k, own_v, t_R, K):
+    """The queries, (R, h, K, D); the new keys and values go into the cache, (rows, T, K, D)."""
+    R, D = len(qkv_RE), own_k.shape[3]
+    qkv = qkv_RE.view(R, -1, D)
+    q, k, v = qkv.split([qkv.shape[1] - 2 * K, K, K], 1)
+    if q_norm is not None:
+        q, k = F.rms_norm(q, (D,), q_norm, eps), F.rms_norm(k, (D,), k_norm, eps)
+    row_R = torch.arange(R, device=t_R.device)
+    own_k[row_R, t_R] = rotate(k, (cos, sin))
+    own_v[row_R, t_R] = v
+    return rotate(q, (cos, sin)).view(R, K, -1, D).transpose(1, 2).contiguous()
+
+
+@compiled
+def weigh(own_RhKD, own_lse, prompt_ShKD, prompt_lse, seat_R, alone_R):
+    """Attention to a row's own tokens and to its prompt, put together: (R, K·h·D).
+
+    own_lse, prompt_lse: (K, R, h) and (K, S, h). alone_R: rows whose prompt is one token, which
+    the row brings along.
+    """
+    log_odds = torch.where(alone_R[:, None], torch.inf, own_lse - prompt_lse[:, seat_R])
+    share_RhK1 = log_odds.sigmoid().permute(1, 2, 0)[..., None]
+    mixed = torch.lerp(prompt_ShKD[seat_R].float(), own_RhKD.float(), share_RhK1)
+    return mixed.to(own_RhKD.dtype).transpose(1, 2).flatten(1)
+
+
+@compiled
+def swiglu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class FlashCache:
+    """Keys and values as engine.CachedAttention keeps them, laid out for FlashAttention.
+
+    prompt_k, prompt_v: per layer (P, T, K, D); own_k, own_v: (rows, T, K, D). Queries lie as
+    (R, h, K, D), so that the h queries that share a key are h queries of one sequence.
+    """
+
+    def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens):
+        c, self.G = model.config, group_size
+
+        def zeros(*shape):
+            shape = *shape, c["num_key_value_heads"], c["head_dim"]
+            return [torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
+                    for _ in range(c["num_hidden_layers"])]
+        self.h = c["num_attention_heads"] // c["num_key_value_heads"]
+        self.prompt_k, self.prompt_v = (zeros(n_prompts, longest_prompt) for _ in range(2))
+        self.own_k, self.own_v = (zeros(n_rows, max_new_tokens) for _ in range(2))
+        self.n_cached_P = torch.zeros(n_prompts, dtype=torch.int32, device=model.device)
+        self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
+        self.n_prompts, self.n_places, self.longest = n_prompts, n_prompts, longest_prompt
+
+    def seat(self, seat_R, row_n):
+        """Rows row_n now sit where seat_R says."""
+        self.row_S.clamp_(max=len(seat_R) - 1)
+        self.row_S[seat_R[row_n]] = row_n
+
+    def look_at(self, seat_R, t_R, n_own):
+        """Before each step: t_R tokens of each row are cached, n_own is more than any of them."""
+        def ends(n, length):
+            return torch.arange(n + 1, dtype=torch.int32, device=t_R.device) * length
+        R, P, h, G = len(t_R), self.n_prompts, self.h, self.G
+        self.seat_R, self.t_R = seat_R, t_R
+        self.alone_R = (self.n_cached_P == 0)[seat_R // G]
+        self.own = (ends(R, h), ends(R, self.own_k[0].shape[1]), h, n_own), (t_R + 1).int()
+        self.prompts = (ends(P, G * h), ends(P, self.longest), G * h, self.longest
+                        ), self.n_cached_P[:P]
+
+    def attend(self, number, q_RhKD):
+        """The rows' attention: (R, K·h·D)."""
+        R, h, K, D = q_RhKD.shape
+        q_ShKD = q_RhKD.index_select(0, self.row_S[:self.n_prompts * self.G])
+
+        def flash(q, k, v, sizes, n_keys):
+            whole_head = 0.0, False, False  # no dropout, not causal, no mask wanted
+            out, lse = flash_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *sizes,
+                                       *whole_head, seqused_k=n_keys)[:2]
+            return out.view(q.shape), lse.view(K, -1, h)
+        own = flash(q_RhKD, self.own_k[number], self.own_v[number], *self.own)
+        prompt = flash(q_ShKD, self.prompt_k[number], self.prompt_v[number], *self.prompts)
+        return weigh(*own, *prompt, self.seat_R, self.alone_R)
+
+    def store_prompts(self, places, length_n, keys, values):
+        """As engine.CachedAttention: the last token of a prompt stays out."""
+        T = keys[0].shape[2]
+        for store, new in ((self.prompt_k, keys), (self.prompt_v, values)):
+            for x_PTKD, x_nKTD in zip(store, new):
+                x_PTKD[places, :T] = x_nKTD.transpose(1, 2)
+        self.n_cached_P[places] = length_n.int() - 1
+
+    def keep(self, row_n, n_own, prompt_n):
+        """Move these rows and these prompts to the front; the others are gone."""
+        for x in (*self.own_k, *self.own_v):
+            x[:len(row_n), :n_own] = x[:, :n_own].index_select(0, row_n)
+        self.n_prompts = len(prompt_n)
+        for x in (*self.prompt_k, *self.prompt_v, self.n_cached_P):
+            x[:self.n_prompts] = x.index_select(0, prompt_n)
+
+
+# ------------------------------------------------------------------ drawing a token
+
+@compiled
+def draw_in_chunks(logp_RV, u_RU, top_p):
+    """As rollout.draw: of U draws of each row the first inside the nucleus, else the likeliest
+    token. The sums are of chunks first, so that rounding can tip a draw."""
+    R, V = logp_RV.shape
+    prob_RCX = F.pad(logp_RV.exp(), (0, -V % CHUNK)).view(R, -1, CHUNK)
+    mass_RC = prob_RCX.sum(-1)
+    cdf_RC = mass_RC.cumsum(-1)
+    total_R1 = cdf_RC[:, -1:]
+    target_RU = torch.minimum(u_RU * total_R1, total_R1.nextafter(total_R1 * 0))
+    chunk_RU = torch.searchsorted(cdf_RC, target_RU, right=True)
+    rest_RU = target_RU - (cdf_RC.gather(1, chunk_RU) - mass_RC.gather(1, chunk_RU))
+    inner_RUX = prob_RCX.gather(1, chunk_RU[..., None].expand(-1, -1, CHUNK)).cumsum(-1)
+    # rounding may put the rest beyond the chunk's last token that has probability
+    last_RU1 = inner_RUX[..., -1:]
+    rest_RU1 = torch.minimum(rest_RU[..., None], last_RU1.nextafter(last_RU1 * 0)).clamp(min=0)
+    token_RU = chunk_RU * CHUNK + torch.searchsorted(inner_RUX, rest_RU1, right=True).squeeze(-1)
+    if top_p >= 1:
+        return token_RU[:, 0]
+    own_RU = logp_RV.gather(1, token_RU).exp()
+    likelier_RU = torch.stack([
+        torch.where(prob_RCX > own_RU[:, u, None, None], prob_RCX, 0).sum(-1).sum(-1)
+        for u in range(u_RU.shape[1])], 1)
+    inside_RU = likelier_RU < top_p
+    first_R1 = inside_RU.byte().argmax(1, keepdim=True)
+    return torch.where(inside_RU.any(1), token_RU.gather(1, first_R1).squeeze(1),
+                       logp_RV.argmax(-1))
+
+
+# ------------------------------------------------------------------ whether it is right here
+
+def fast_works(model, plain_cache):
+    """Whether `decode` gives what the model gives with plain_cache, engine.CachedAttention: the
+    same hidden states for three tokens of four rows, one prompt of which is a single token."""
+    lengths, G, longest, device = [21, 1], 2, 21, model.device
+    seat_R, row_R = (torch.arange(4, device=device) for _ in range(2))
+    stored = [[torch.randn(2, plain.shape[1], longest, plain.shape[3], device=device,
+                           dtype=model.compute_dtype) for _ in model.model["layers"]]
+              for plain in plain_cache(model, 1, 1, 1, 1, 1).own_v[:1] * 2]
+    caches = [cache(model, 4, 2, G, longest, 4) for cache in (plain_cache, FlashCache)]
+    try:
+        for cache in caches:
+            cache.store_prompts(row_R[:2], torch.tensor(lengths, device=device), *stored)
+            cache.seat(seat_R, row_R)
+        for t in range(3):
+            t_R, ids_R = torch.full_like(row_R, t), row_R + t
+            for cache in caches:
+                cache.look_at(seat_R, t_R, 4)
+            plain = model(ids_R, t_R + longest, caches[0])
+            fast = decode(model, ids_R, t_R + longest, caches[1])
+            worst = ((fast - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
+            if not worst <= LARGEST_DIFFERENCE:
+                raise RuntimeError(f"hidden states differ by {worst:.1%}")
+    except Exception as e:  # a compiler fails in many ways; the plain step is there
+        print(f"the plain decode step is used on {device}: {str(e).splitlines()[0]}",
+              file=sys.stderr)
+        return False
+    return True
