@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import ours, peers
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
+from plumbing import engine
 from plumbing.engine import sampler_for
 from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
@@ -214,6 +215,28 @@ def decode(args, size, claim):
         model.kept_samplers.clear()
 
 
+def decode_fast(args, size, claim):
+    """Decoding by the faster step of plumbing/fast_decode.py, beside the plain one"""
+    model, gaps = ours.make_model(size.shape, args.device, args.dtype), {}
+    prompts = ours.make_prompts(size.rows[0] // 4, model.config["vocab_size"], length=size.prompt)
+    for engine.FAST in (False, True):
+        model.kept_samplers.clear()
+        rollout = generate(model, prompts, 4, size.new_tokens, 0.8, 0.9)
+        logp_M, _ = model.completion_log_probs(
+            flat_batch(prompts, rollout.completions, args.device), 0.8)
+        sampled_M = torch.tensor([x for group in rollout.logps for logps in group for x in logps])
+        gaps[engine.FAST] = (logp_M.cpu() - sampled_M).abs().mean().item()
+    model.kept_samplers.clear()
+    claim("the faster step is as near the trainer as the plain one, times 1.2",
+          gaps[True] <= 1.2 * gaps[False] + 1e-5)
+    yield "gap to the trainer, plain and faster step", f"{gaps[False]:.4f}, {gaps[True]:.4f} nats"
+    try:
+        for what, value in decode(args, size, claim):
+            yield "faster: " + what, value
+    finally:
+        engine.FAST = False
+
+
 def work_of(args, size, P, G, T, model, tokens):
     prompts = ours.make_prompts(P, model.config["vocab_size"], length=size.prompt)
     s = ours.settings(group_size=G, max_new_tokens=T, temperature=0.8, top_p=0.9,
@@ -317,4 +340,4 @@ def paper_step(args, size, claim):
             f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
 
 
-PARTS = (tests, whole_run, decode, update, paper_step)
+PARTS = (tests, whole_run, decode, decode_fast, update, paper_step)
