@@ -20,6 +20,7 @@ from decimal import Decimal
 
 from tqdm import tqdm
 
+from plumbing.chat import chat_ids, chat_text
 from plumbing.latex import BOXED, LONGEST_LATEX, bare, braced, compare_latex
 from plumbing.number import (
     LONGEST,
@@ -47,34 +48,21 @@ INSTRUCTION = ("Solve the problem step by step and show each step. Then end with
                "that holds only the answer, in the form: #### ")
 
 
-def prompt_text(tokenizer, problem):
-    """The prompt as text: instruction and question, in the tokenizer's chat template.
-
-    Raises ValueError where there is no tokenizer, or none whose chat template can be used.
-    """
-    if tokenizer is None:
-        raise ValueError("the model's folder has no tokenizer; expected tokenizer.json and "
-                         "tokenizer_config.json beside config.json")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
-                         "template, which the prompt is written in; set its chat_template")
+def prompt_messages(problem):
+    """What is asked: the instruction, then the question."""
     form = "<number>" if problem.kind == "number" else "<answer in LaTeX>"
-    messages = [{"role": "system", "content": INSTRUCTION + form},
-                {"role": "user", "content": problem.question}]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # a template is a program in Jinja
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails with a system and a "
-                         f"user message: {e}") from e
+    return [{"role": "system", "content": INSTRUCTION + form},
+            {"role": "user", "content": problem.question}]
+
+
+def prompt_text(tokenizer, problem):
+    """The prompt as text, in the tokenizer's chat template; raises what `chat_text` raises."""
+    return chat_text(tokenizer, prompt_messages(problem))
 
 
 def build_prompt(tokenizer, problem):
-    """Token ids of the prompt, a list of int.
-
-    The text is encoded here: apply_chat_template(tokenize=True) gives a list in some versions of
-    transformers and a dictionary in others. The template writes the special tokens itself.
-    """
-    return list(tokenizer.encode(prompt_text(tokenizer, problem), add_special_tokens=False))
+    """Token ids of the prompt, a list of int; raises what `chat_text` raises."""
+    return chat_ids(tokenizer, prompt_messages(problem))
 
 
 # ---------------------------------------------------------------------------------- grading
