@@ -7,7 +7,7 @@ Not here        loading (plumbing/problems.py), exact numbers (plumbing/number.p
 Run it alone    python rewards.py [SET or FILE …]     shows problems and a prompt, grades what you
                 type
 Where to fork   a way to grade is a branch in `is_correct` and a name in SCORERS; a reward is a
-                branch in `reward` and a name in MODES.
+                file of yours (--reward mine.py), or a branch in `reward` and a name in MODES.
 
 A completion is hostile input. It is searched with linear-time patterns and compared as exact
 decimals; it is never evaluated.
@@ -34,6 +34,7 @@ from plumbing.number import (
     same_number,
 )
 from plumbing.problems import SETS, TINY, Problem, load_problems
+from plumbing.reward_file import file_reward
 
 __all__ = ["Problem", "load_problems", "build_prompt", "extract_answer", "is_correct", "has_format",
            "reward"]
@@ -148,6 +149,7 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
         answer the bonus decides alone.)
     mode "paper": the authors' reward, in [0, 1]: 1 for a correct answer, plus 0.05 for `####` with
         a digit and more behind it, minus 0.2 without any number. LaTeX and `finished` play no part.
+    mode "mine.py": what the function reward(text, gold, finished) of that file returns.
     mode "noise": a number in [0, 1) from a hash of text and key, to try a run with random weights,
         where all real rewards are equal.
     key: for "noise", any value with a stable repr that tells the samples of a group apart, such as
@@ -165,7 +167,10 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
     if mode == "noise":
         seen = f"{key!r} {text}".encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.sha256(seen).digest()[:6], "big") / 2**48
-    raise ValueError(f"unknown reward mode {mode!r}; expected {', '.join(MODES)}")
+    if mode.endswith(".py"):
+        return file_reward(mode, text, gold, finished)
+    raise ValueError(f"unknown reward mode {mode!r}; expected {', '.join(MODES)}, or a .py file "
+                     "with a function reward(text, gold, finished)")
 
 
 # ---------------------------------------------------------------------------------- where it stands

@@ -1,4 +1,6 @@
 """plumbing/chat.py: what ends a turn in the templates of many families; special tokens as text."""
+import re
+
 import pytest
 from transformers import AddedToken, AutoTokenizer
 
@@ -9,7 +11,6 @@ from rewards import Problem, build_prompt, prompt_text
 
 def tokenizer_with(template, special=True):
     """The embedded tokenizer, every piece between < and > or [ and ] of a template one token."""
-    import re
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     names = re.findall(r"<[^<>\s']+>|\[/?[A-Z_]+\]", template)
     tokenizer.add_tokens([AddedToken(name, special=special, normalized=False)
@@ -60,7 +61,8 @@ FAMILIES = {  # name: (template, the token that ends a turn)
     "ChatML, an empty thought": (by_role(
         CHATML, CHATML, "<|im_start|>R\n<think>\n\n</think>\n\nC<|im_end|>\n"), "<|im_end|>"),
     "Llama 2": (by_role("<s>[INST] <<SYS>>\nC\n<</SYS>>\n\n",
-                        "{% if loop.index > 2 %}<s>[INST] {% endif %}C [/INST]", " C </s>"), "</s>"),
+                        "{% if loop.index > 2 %}<s>[INST] {% endif %}C [/INST]", " C </s>"),
+                "</s>"),
     "Llama 3": (turns(HEADER + "{{ m['content'] | trim }}<|eot_id|>", "<|begin_of_text|>"),
                 "<|eot_id|>"),
     "Llama 3, a date of its own": (turns(
