@@ -24,7 +24,7 @@ from plumbing.number import as_text, gold_number
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 LATEX_MARKS = re.compile(r"[\\^]|^\$.*\$$")
-FILES = "a .jsonl, .csv or .parquet file"
+FILES = "a .jsonl file with the columns question and answer, or of a .csv or .parquet one"
 
 
 class Problem(NamedTuple):
@@ -131,7 +131,8 @@ def reasons(dropped):
     golds_by_reason = {}
     for _, gold in dropped:
         golds_by_reason.setdefault(why_dropped(gold), []).append(gold)
-    return "; ".join(f"{len(golds)} whose answer {why}: {', '.join(repr(g[:40]) for g in golds[:3])}"
+    return "; ".join(f"{len(golds)} whose answer {why}: "
+                     + ", ".join(repr(gold[:40]) for gold in golds[:3])
                      for why, golds in golds_by_reason.items())
 
 
@@ -165,7 +166,7 @@ def find_rows(name_or_path, split):
         source = columns_of(first[0][1], name) if first else Source({})
         return source, name, os.path.basename(name), chain(first, rows)
     raise ValueError(f"unknown data set {name!r}; expected {', '.join(SETS)}, or the path of "
-                     f"{FILES} with the columns question and answer")
+                     f"{FILES}")
 
 
 def columns_of(row, path):
@@ -206,7 +207,7 @@ def hub_rows(repo, config, split):
     except (datasets.exceptions.DatasetsError, *hub_errors()) as error:
         raise ConnectionError(
             f"cannot load {repo}, split {split}, from the hub; to go on without it, give the path "
-            f"of {FILES} with the columns question and answer instead of a name "
+            f"of {FILES}, instead of a name "
             f"({type(error).__name__}: {' '.join(str(error).split())})") from error
     return ((f"row {n}", row) for n, row in enumerate(rows))
 

@@ -48,7 +48,7 @@ def make_parser():
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny", help="hub name or folder")
-    add("--data", default="gsm8k", help="gsm8k svamp tiny, or a .jsonl file")
+    add("--data", default="gsm8k", help="gsm8k svamp tiny, or a .jsonl, .csv or .parquet file")
     add("--objective", choices=list(OBJECTIVES), default="pspo", help="what is maximised")
     users = {}  # of an objective's setting: its default, and the objectives that have it
     for name in OBJECTIVES:
@@ -186,8 +186,8 @@ def check_settings(parser, args, given):
     except ValueError as e:
         parser.error(str(e))
     if args.reward not in MODES and not args.reward.endswith(".py"):
-        parser.error(f"--reward is {args.reward!r}; expected {', '.join(MODES)}, or a .py file with "
-                     "a function reward(text, gold, finished)")
+        parser.error(f"--reward is {args.reward!r}; expected {', '.join(MODES)}, or a .py file "
+                     "with a function reward(text, gold, finished)")
     check_sampling(parser, args)
     if args.temperature == 0:
         parser.error("--temperature is 0; training needs samples that differ, a value above 0")
