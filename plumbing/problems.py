@@ -101,7 +101,7 @@ def read_problems(name_or_path, split="test"):
 
 def short_answer(answer):
     """The gold in an answer or solution, and whether it stood in a box: "9 + 9\\n#### 18" gives
-    ("18", False), r"We get \boxed{x+1}." ("x+1", True)."""
+    ("18", False), "We get \\boxed{x+1}." ("x+1", True)."""
     text = answer.rpartition("####")[2].strip()
     if BOXED not in text:
         return text, False
