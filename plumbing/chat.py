@@ -69,11 +69,12 @@ def end_of_turn(tokenizer):
     if not after_answer:
         return None
     end, *others = after_answer
-    if end in first:  # it begins a turn, unless a whole turn of the template's own is before it
-        begins = not others or not set(others) <= set(first[:first.index(end)])
-    else:  # or what only a question has before it
-        begins = end in before_question and end not in before_answer
-    return None if begins else end
+    everybodys = end in before_answer  # also of the user's turn
+    if end in first:  # it begins turns, unless a whole turn of the template's own is before it
+        ends = everybodys and others and set(others) <= set(first[:first.index(end)])
+    else:  # what a question has before it, and an answer has not, begins the user's turn
+        ends = everybodys or end not in before_question
+    return end if ends else None
 
 
 def conversation(tokenizer):
