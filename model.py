@@ -152,6 +152,8 @@ class Qwen2(nn.Module):
     compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
     n_real_ids     ids below this are real tokens; the padding rows of the head beyond it are
                    never given probability
+    nameless_ids   (n,) int64, those below n_real_ids that no token has, mostly none; never given
+                   probability either
     stop_ids       sorted list of every id that ends a completion
     tokenizer      the transformers tokenizer of the folder, or None
     """
@@ -169,6 +171,7 @@ class Qwen2(nn.Module):
         self.checkpoint_activations = False  # keep each layer's input only, compute the rest twice
         self.compiled = False
         self.n_real_ids = c["vocab_size"]
+        self.register_buffer("nameless_ids", torch.empty(0, dtype=torch.int64), persistent=False)
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
         self.kept_samplers = {}  # of plumbing/engine.py, on CUDA
@@ -234,7 +237,11 @@ class Qwen2(nn.Module):
         if head_VC is None:
             head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
         logits = F.linear(hidden_NC, head_VC)[:, :self.n_real_ids].float()
-        return F.log_softmax(logits if temperature == 1 else logits.div_(temperature), -1)
+        if temperature != 1:
+            logits.div_(temperature)
+        if len(self.nameless_ids):  # not −inf, which times a probability of 0 is NaN
+            logits.index_fill_(1, self.nameless_ids, torch.finfo(torch.float32).min)
+        return F.log_softmax(logits, -1)
 
     def completion_log_probs(self, batch, temperature=1.0, entropy=False):
         """Log-probabilities of a batch's completion tokens: logp_M and entropy_M (or None), fp32,
@@ -332,7 +339,7 @@ class Qwen2(nn.Module):
         weights = {k: parallel.unsharded(v.detach()).to(self.compute_dtype)
                    for k, v in self.state_dict().items()}
         twin.load_state_dict(weights, assign=True)
-        for name in ("compute_dtype", "n_real_ids", "stop_ids", "tokenizer"):
+        for name in ("compute_dtype", "n_real_ids", "nameless_ids", "stop_ids", "tokenizer"):
             setattr(twin, name, getattr(self, name))
         return twin.requires_grad_(False)
 
@@ -355,9 +362,12 @@ class Qwen2(nn.Module):
             torch.set_float32_matmul_precision("high")
         if (folder / "generation_config.json").exists():
             model.generation_config = read_json(folder / "generation_config.json")
-        model.tokenizer, model.tokenizer_files = hub.load_tokenizer(folder)
-        if model.tokenizer:
-            model.n_real_ids = min(len(model.tokenizer), config["vocab_size"])
+        model.tokenizer, named, model.tokenizer_files = hub.load_tokenizer(folder)
+        rows = range(config["vocab_size"])
+        real = [i for i in rows if i in named] or rows
+        model.n_real_ids = real[-1] + 1
+        model.nameless_ids = torch.tensor(sorted({*rows[:model.n_real_ids]} - {*real}),
+                                          dtype=torch.int64, device=device)
         model.stop_ids = hub.find_stop_ids(model.tokenizer, config, model.generation_config)
         return model
 

@@ -7,7 +7,7 @@ Not here        loading (plumbing/problems.py), exact numbers (plumbing/number.p
 Run it alone    python rewards.py [SET or FILE …]     shows problems and a prompt, grades what you
                 type
 Where to fork   a way to grade is a branch in `is_correct` and a name in SCORERS; a reward is a
-                branch in `reward` and a name in MODES.
+                file of yours (--reward mine.py), or a branch in `reward` and a name in MODES.
 
 A completion is hostile input. It is searched with linear-time patterns and compared as exact
 decimals; it is never evaluated.
@@ -20,6 +20,7 @@ from decimal import Decimal
 
 from tqdm import tqdm
 
+from plumbing.chat import chat_ids, chat_text
 from plumbing.latex import BOXED, LONGEST_LATEX, bare, braced, compare_latex
 from plumbing.number import (
     LONGEST,
@@ -33,6 +34,7 @@ from plumbing.number import (
     same_number,
 )
 from plumbing.problems import SETS, TINY, Problem, load_problems
+from plumbing.reward_file import file_reward
 
 __all__ = ["Problem", "load_problems", "build_prompt", "extract_answer", "is_correct", "has_format",
            "reward"]
@@ -45,39 +47,23 @@ MODES = ("correct", "paper", "noise")
 
 INSTRUCTION = ("Solve the problem step by step and show each step. Then end with one last line "
                "that holds only the answer, in the form: #### ")
-# Qwen3 thinks aloud first unless told not to; Llama 3's prompt names today's date unless given one.
-TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # Llama 3.2's default
+
+
+def prompt_messages(problem):
+    """What is asked: the instruction, then the question."""
+    form = "<number>" if problem.kind == "number" else "<answer in LaTeX>"
+    return [{"role": "system", "content": INSTRUCTION + form},
+            {"role": "user", "content": problem.question}]
 
 
 def prompt_text(tokenizer, problem):
-    """The prompt as text: instruction and question, in the tokenizer's chat template.
-
-    Raises ValueError where there is no tokenizer, or none whose chat template can be used.
-    """
-    if tokenizer is None:
-        raise ValueError("the model's folder has no tokenizer; expected tokenizer.json and "
-                         "tokenizer_config.json beside config.json")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
-                         "template, which the prompt is written in; set its chat_template")
-    form = "<number>" if problem.kind == "number" else "<answer in LaTeX>"
-    messages = [{"role": "system", "content": INSTRUCTION + form},
-                {"role": "user", "content": problem.question}]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                             **TEMPLATE_SETTINGS)
-    except Exception as e:  # a template is a program in Jinja
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} fails with a system and a "
-                         f"user message: {e}") from e
+    """The prompt as text, in the tokenizer's chat template; raises what `chat_text` raises."""
+    return chat_text(tokenizer, prompt_messages(problem))
 
 
 def build_prompt(tokenizer, problem):
-    """Token ids of the prompt, a list of int.
-
-    The text is encoded here: apply_chat_template(tokenize=True) gives a list in some versions of
-    transformers and a dictionary in others. The template writes the special tokens itself.
-    """
-    return list(tokenizer.encode(prompt_text(tokenizer, problem), add_special_tokens=False))
+    """Token ids of the prompt, a list of int; raises what `chat_text` raises."""
+    return chat_ids(tokenizer, prompt_messages(problem))
 
 
 # ---------------------------------------------------------------------------------- grading
@@ -163,6 +149,7 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
         answer the bonus decides alone.)
     mode "paper": the authors' reward, in [0, 1]: 1 for a correct answer, plus 0.05 for `####` with
         a digit and more behind it, minus 0.2 without any number. LaTeX and `finished` play no part.
+    mode "mine.py": what the function reward(text, gold, finished) of that file returns.
     mode "noise": a number in [0, 1) from a hash of text and key, to try a run with random weights,
         where all real rewards are equal.
     key: for "noise", any value with a stable repr that tells the samples of a group apart, such as
@@ -180,7 +167,10 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
     if mode == "noise":
         seen = f"{key!r} {text}".encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.sha256(seen).digest()[:6], "big") / 2**48
-    raise ValueError(f"unknown reward mode {mode!r}; expected {', '.join(MODES)}")
+    if mode.endswith(".py"):
+        return file_reward(mode, text, gold, finished)
+    raise ValueError(f"unknown reward mode {mode!r}; expected {', '.join(MODES)}, or a .py file "
+                     "with a function reward(text, gold, finished)")
 
 
 # ---------------------------------------------------------------------------------- where it stands

@@ -45,6 +45,7 @@ from rewards import GradingError, answer_rows, grade, reward
 from rollout import FlatBatch, Rollout, flat_batch, generate, sample_answers
 
 VALIDATION_STEP = -1  # the sampler's step counter for validation: never one of training
+NOTHING = Rollout([], [], [], [], 0.0)  # of a process with no prompt
 
 
 def train(args, folder, stopping=()):
@@ -103,7 +104,7 @@ def train(args, folder, stopping=()):
 def sample(run, args, step, chosen):
     """The rollout of the chosen problems (indices). Each process samples every n-th group; all
     processes get all groups."""
-    mine, rollout = chosen[parallel.rank()::parallel.n_processes()], Rollout([], [], [], [], 0.0)
+    mine, rollout = chosen[parallel.rank()::parallel.n_processes()], NOTHING
     if mine:
         rollout = generate(run.policy, [run.prompts[i] for i in mine], args.group_size,
                            args.max_new_tokens, args.temperature, args.top_p, args.seed, step,
@@ -113,33 +114,38 @@ def sample(run, args, step, chosen):
 
 
 def score(rollout, problems, tokenizer, args, step):
-    """rows[p][g]: a dict for every answer, with its text, n_tokens, finished, grades and reward."""
-    rows = grade(answer_rows(rollout, problems, tokenizer), problems)
+    """rows[p][g]: a dict for every answer, with its text, n_tokens, finished, grades and reward.
+    Each process grades every n-th group; all processes get all groups."""
+    rows, G = answer_rows(rollout, problems, tokenizer), len(rollout.completions[0])
+    mine = range(parallel.rank(), len(rows) // G, parallel.n_processes())
+    rows = grade([row for p in mine for row in rows[p * G:(p + 1) * G]], problems)
     for row in rows:
-        about = f"{row['problem']}, gold {row['gold']!r}, completion {row['text']!r:.2000}"
+        about = (f"{row['problem']}, --reward {args.reward}, gold {row['gold']!r}, completion "
+                 f"{row['text']!r:.2000}")
         try:
             row["reward"] = reward(row["text"], row["gold"], row["finished"], args.reward,
                                    key=(args.seed, step, row["problem"], row["sample"]))
         except Exception as e:
             raise GradingError(f"grading raised {e!r} on {about}") from e
-        if not math.isfinite(row["reward"]):
-            raise GradingError(f"the reward is {row['reward']} for {about}")
-    G = len(rollout.completions[0])
-    return [rows[first:first + G] for first in range(0, len(rows), G)]
+        if not (isinstance(row["reward"], (int, float)) and math.isfinite(row["reward"])):
+            raise GradingError(f"the reward is {row['reward']!r:.80} for {about}")
+    groups = [rows[first:first + G] for first in range(0, len(rows), G)]
+    return parallel.interleave(parallel.gather(groups))
 
 
 def validate(run, args):
     """Mean reward and accuracy on the validation problems, sampled as in training. Each process
     answers every n-th problem."""
-    mine, rows = range(parallel.rank(), len(run.validation), parallel.n_processes()), []
+    mine, rollout = range(parallel.rank(), len(run.validation), parallel.n_processes()), NOTHING
     if mine:
-        problems = [run.validation[i] for i in mine]
-        rollout = sample_answers(run.policy, problems, args.validation_samples, args.temperature,
-                                 args.top_p, args.max_new_tokens, args.seed, VALIDATION_STEP,
+        rollout = sample_answers(run.policy, [run.validation[i] for i in mine],
+                                 args.validation_samples, args.temperature, args.top_p,
+                                 args.max_new_tokens, args.seed, VALIDATION_STEP,
                                  args.rollout_rows, mine,
                                  None if parallel.rank() else "validation")
-        rows = score(rollout, problems, run.model.tokenizer, args, VALIDATION_STEP)
-    rows = [row for part in parallel.gather(rows) for group in part for row in group]
+    groups = score(parallel.with_all_groups(rollout), run.validation, run.model.tokenizer, args,
+                   VALIDATION_STEP)
+    rows = [row for group in groups for row in group]
     return {"validation_reward": math.fsum(row["reward"] for row in rows) / len(rows),
             "validation_accuracy": mean(row["flexible"] for row in rows),
             "validation_format_rate": mean(row["format"] for row in rows)}

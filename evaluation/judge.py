@@ -1,8 +1,9 @@
 """A language model as judge: marks for single answers, and which of two answers is better.
 
 What it does    asks a local model or an OpenAI-compatible endpoint about answers, without saying
-                whose they are, and believes a reply only if it is exactly the JSON asked for. Any
-                other reply is asked for again, then counted. Replies go to disk as they come.
+                whose they are, and believes a reply only if it is exactly the JSON asked for,
+                perhaps after a thought. Any other reply is asked for again, then counted. Replies
+                go to disk as they come.
 Not here        the statistics of marks and preferences (evaluate.py).
 Run it alone    python -m evaluation.judge        shows both prompts
 Where to fork   the rubric is ASPECTS; raise PROMPT_VERSION with every change of a prompt.
@@ -26,12 +27,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from evaluation.answers import places
+from plumbing.chat import chat_ids
 from plumbing.files import json_lines
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 ATTEMPTS = 3  # at a reply in the right form
 TRIES = 6  # of one request, while the endpoint fails or is busy
-REPLY_TOKENS = 300
+REPLY_TOKENS = 2048  # chosen: the JSON, 60 tokens, and before it room for a thought
+SHORT_REPLY_TOKENS = 300  # chosen: a local judge with less room is not asked
 ASPECTS = {  # the paper's five; what the marks mean is written here
     "overall": "How good is the answer as a whole? 5: nothing to improve. 3: usable, with clear "
                "faults. 1: useless.",
@@ -55,7 +58,8 @@ SYSTEM = ("You are a careful, impartial examiner of answers to mathematics probl
 def block(kind, text, *all_of_it):
     """Text between two markers that it cannot contain: they carry a hash of all material."""
     mark = hashlib.sha256("\0".join(all_of_it).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    text = text.replace("<|", "< |")  # no role marker of a chat template either
+    # no role marker of a chat template either, and nothing that ends a thought which quotes it
+    text = re.sub(r"<(?=\||/?think>)", "< ", text)
     return f"[{kind} {mark}]\n{text}\n[end of {kind} {mark}]"
 
 
@@ -82,10 +86,21 @@ def pair_prompt(question, first, second):
             '{"better": "tie"}')
 
 
-def read_object(reply, keys):
-    """The JSON object that a reply is, in a code fence or bare; ValueError if it is anything else.
+def without_thought(reply):
+    """What follows the thought that a reply begins with: of "<think>Hm.</think> {}" this is " {}".
+
+    A chat template may have written <think> at the end of the prompt; then the reply lacks it.
     """
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n```", reply.strip(), re.S)
+    thought, end, rest = reply.partition("</think>")
+    begun = "<think>" in thought.lstrip().removeprefix("<think>")
+    return rest if end and not begun else reply
+
+
+def read_object(reply, keys):
+    """The JSON object that a reply is, in a code fence or bare, perhaps after a thought; ValueError
+    if it is anything else."""
+    reply = without_thought(reply).strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*(\{.*\})\s*```", reply, re.DOTALL | re.IGNORECASE)
 
     def without_repeats(pairs):
         if len(dict(pairs)) != len(pairs):
@@ -121,10 +136,10 @@ def read_preference(reply):
 class LocalJudge:
     """A model folder or hub name, through model.py and rollout.py: greedy, then at 0.7."""
 
-    def __init__(self, name, device, dtype, batch=64):
+    def __init__(self, name, device, dtype, batch=64, in_flight=16):
         from plumbing.hub import fingerprint, model_folder
         self.name = f"{name} ({fingerprint(model_folder(name))[:12]}, {dtype})"
-        self.where, self.batch = (name, device, dtype), batch
+        self.where, self.batch, self.in_flight = (name, device, dtype), batch, in_flight
 
     @functools.cached_property
     def model(self):  # loaded at its first question, when the models it judges are gone
@@ -136,23 +151,24 @@ class LocalJudge:
 
     def ask(self, prompts, attempt):
         """Yield (index, reply or None, tokens read, tokens written, fault) for each prompt."""
-        from rollout import generate
+        from rollout import generate, room_for
         tokenizer = self.model.tokenizer
         fitting = []
         for i, prompt in enumerate(prompts):
-            chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) + REPLY_TOKENS > self.model.context:
+            ids = chat_ids(tokenizer, [{"role": "system", "content": SYSTEM},
+                                       {"role": "user", "content": prompt}])
+            if len(ids) + SHORT_REPLY_TOKENS > self.model.context:
                 yield i, None, 0, 0, "longer than the judge's context"
             else:
                 fitting.append((i, ids, int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16)))
         for start in range(0, len(fitting), self.batch):
             numbers, ids, keys = zip(*fitting[start:start + self.batch])
-            rollout = generate(self.model, ids, 1, REPLY_TOKENS, 0.7 if attempt else 0.0,
-                               seed=attempt, prompt_keys=keys)
+            rollout = generate(self.model, ids, 1, room_for(self.model, ids, REPLY_TOKENS),
+                               0.7 if attempt else 0.0, seed=attempt, prompt_keys=keys,
+                               max_rows=self.in_flight)
             for i, read, (written,) in zip(numbers, ids, rollout.completions):
-                reply = tokenizer.decode(written, skip_special_tokens=True)
+                # <think> may be a special token, so none but the end is skipped
+                reply = tokenizer.decode([t for t in written if t not in self.model.stop_ids])
                 yield i, reply, len(read), len(written), None
 
 

@@ -25,8 +25,8 @@ def make_parser():
         description="Accuracy and style of models on problem sets; one table for all of them.")
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="hub names, model folders, 'quoted/patterns*'")
-    add("--data", nargs="+", required=True, help="gsm8k svamp asdiv math500 tiny onestep, or a "
-        ".jsonl file")
+    add("--data", nargs="+", required=True,
+        help="gsm8k svamp asdiv math500 tiny onestep, or a .jsonl, .csv or .parquet file")
     add("--split", default="test", help="which rows of each set")
     add("--temperature", nargs="+", type=float, default=[0.0], help="≥ 0; 0 is greedy, once")
     add("--samples", type=int, default=1, help="answers per problem at temperature > 0")

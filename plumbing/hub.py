@@ -9,6 +9,7 @@ Where to fork   another architecture: `FAMILIES` and `checked_config` say what i
 """
 import ctypes
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plumbing.chat import end_of_turn
 from plumbing.files import hash_file, hub_errors, read_json, write_json, write_whole
 from plumbing.smollm2 import smollm2_folder
 
@@ -199,20 +201,32 @@ def load_weights(model, folder, device):
 
 
 def load_tokenizer(folder):
-    """(the transformers tokenizer of a folder or None, {name: bytes} of its files)."""
+    """(the transformers tokenizer of a folder or None, the ids that its files name, {name: bytes}
+    of these files)."""
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES
              if (folder / name).exists()}
     if not files:
-        return None, files
+        return None, set(), files
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer.encode("1"):  # some damage shows only in use
             raise ValueError("it makes no token of '1'; is tokenizer.json there?")
+        return tokenizer, named_ids(tokenizer, files), files
     except Exception as e:  # transformers raises whatever the damage led to
         raise ValueError(f"{folder}: its tokenizer files cannot be used; expected whole ones of "
                          f"the hub ({type(e).__name__}: {str(e)[:200]})") from e
-    return tokenizer, files
+
+
+def named_ids(tokenizer, files):
+    """The ids of all tokens that stand in a tokenizer's files. The library has one more where it
+    adds <|endoftext|> to a Qwen2 tokenizer that lacks this token."""
+    whole, vocabulary, added, settings = (json.loads(files.get(name, "{}")) for name in (
+        "tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"))
+    tokens = [*whole.get("added_tokens", ()), *settings.get("added_tokens_decoder", {}).values()]
+    names = {*whole.get("model", {}).get("vocab", ()), *vocabulary, *added,
+             *(token["content"] for token in tokens)}
+    return {i for name, i in tokenizer.get_vocab().items() if name in names}
 
 
 def find_stop_ids(tokenizer, config, generation_config):
@@ -227,15 +241,8 @@ def find_stop_ids(tokenizer, config, generation_config):
         ids |= set(eos)
     if tokenizer is not None:
         ids.add(tokenizer.eos_token_id)
-        if tokenizer.chat_template:  # the special token that follows what the assistant says
-            turns = [{"role": "user", "content": "question"},
-                     {"role": "assistant", "content": "answer"}]
-            try:
-                text = tokenizer.apply_chat_template(turns, tokenize=False)
-            except Exception as e:  # a template is a program in Jinja
-                raise ValueError(f"the chat template of {tokenizer.name_or_path} fails: {e}") from e
-            after = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
-            ids |= set(after[:1]) & set(tokenizer.added_tokens_decoder)
+        if tokenizer.chat_template:
+            ids.add(end_of_turn(tokenizer))
     return sorted(ids - {None})
 
 

@@ -41,7 +41,8 @@ from plumbing.checkpoint import (
 from plumbing.engine import places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory
-from plumbing.problems import prompt_order, split_problems
+from plumbing.problems import answer_of, prompt_order, split_problems
+from plumbing.reward_file import sha256_of_reward
 from rewards import GradingError, build_prompt
 from rollout import flat_batch, generate, sample_answers
 
@@ -85,15 +86,15 @@ def begin(args, folder, stopping=()):
         if first:
             run.lock = lock or lock_run(folder)
             write_beginning(run, args, folder, settings)
-        places = set(parallel.gather((run.step, run.resumed)))
+        places = set(parallel.gather((run.step, run.resumed, run.reward_sha256)))
     except Exception as e:
         reason = str(e) if isinstance(e, ValueError) else in_words(e, args)
         if reason is None:  # a mistake in the code: its traceback says more
             raise
         sys.exit(f"error: {reason}")
     if len(places) > 1:
-        sys.exit(f"error: the processes do not find the same checkpoint in {folder}; it must lie "
-                 "on a disk that all of them see alike")
+        sys.exit(f"error: the processes do not find the same checkpoint in {folder}, or the same "
+                 f"--reward {args.reward}; both must lie on a disk that all of them see alike")
     run.folder, run.stopping, run.stopped = folder, stopping, False
     run.last = min(args.steps, args.stop_after or args.steps)
     run.validating = args.validate_every <= args.steps
@@ -114,10 +115,16 @@ def write_beginning(run, args, folder, settings):
             raise ValueError(f"{folder} was begun by another process meanwhile; choose another "
                              "--name")
         write_json(folder / "config.json", {"settings": settings, **describe_run(args),
-                                            "problems_sha256": run.problems_sha256})
-    elif read_json(folder / "config.json").get("problems_sha256") != run.problems_sha256:
-        raise ValueError(f"--data {args.data} does not hold the problems that {folder} began with; "
-                         "put them back, or start a new run with another --name")
+                                            "problems_sha256": run.problems_sha256,
+                                            "reward_sha256": run.reward_sha256})
+    else:
+        begun = read_json(folder / "config.json")
+        if begun.get("problems_sha256") != run.problems_sha256:
+            raise ValueError(f"--data {args.data} does not hold the problems that {folder} began "
+                             "with; put them back, or start a new run with another --name")
+        if begun.get("reward_sha256") != run.reward_sha256:
+            raise ValueError(f"--reward {args.reward} is not the file that {folder} began with; "
+                             "put it back, or start a new run with another --name")
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
@@ -131,7 +138,7 @@ def write_beginning(run, args, folder, settings):
             set_aside(folder / name)
     if run.test:
         write_whole(folder / "test.jsonl", "".join(
-            json.dumps({"question": p.question, "answer": p.gold}) + "\n" for p in run.test))
+            json.dumps({"question": p.question, "answer": answer_of(p)}) + "\n" for p in run.test))
 
 
 def prepare(args, folder):
@@ -139,7 +146,8 @@ def prepare(args, folder):
     with --fsdp a whole copy in the dtype of computation), reference (None unless β > 0), optimizer,
     problems to train on with their prompts, validation and test problems, and where it stands:
     step, best (validation reward so far) and the best_step that had it, state (counters of
-    optimizer steps), resumed, checkpoint (the last one, or None), problems_sha256.
+    optimizer steps), resumed, checkpoint (the last one, or None), problems_sha256, reward_sha256
+    (of the file of --reward, or None).
 
     Raises ValueError and OSError for what is missing or does not fit, before anything is written.
     """
@@ -167,7 +175,8 @@ def prepare(args, folder):
         model=model, policy=policy, reference=reference, optimizer=optimizer, problems=problems,
         prompts=prompts, validation=validation, test=test, step=0, best=-math.inf, best_step=None,
         state={"optimizer_steps": 0, "skipped_steps": 0}, resumed=checkpoint is not None,
-        checkpoint=checkpoint, problems_sha256=problems_sha256)
+        checkpoint=checkpoint, problems_sha256=problems_sha256,
+        reward_sha256=sha256_of_reward(args.reward))
     if run.resumed:
         trainer = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True,
                              mmap=args.fsdp)  # of which each process takes its part

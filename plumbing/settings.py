@@ -22,6 +22,7 @@ from model import DTYPES
 from objectives import OBJECTIVES, RATIO_LEVELS, REDUCTIONS
 from plumbing import parallel
 from plumbing.files import read_json
+from plumbing.reward_file import load_reward_file
 from rewards import MODES
 
 # The defaults in `make_parser` are the published recipe for Qwen2.5-0.5B and -1.5B, and of any
@@ -55,7 +56,8 @@ def make_parser():
     add = parser.add_argument
     add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny",
         help="hub name, folder, tiny or smollm2")
-    add("--data", default="gsm8k", help="gsm8k svamp tiny onestep, or a .jsonl file")
+    add("--data", default="gsm8k",
+        help="gsm8k svamp tiny onestep, or a .jsonl, .csv or .parquet file")
     add("--objective", choices=list(OBJECTIVES), default="pspo", help="what is maximised")
     users = {}  # of an objective's setting: its default, and the objectives that have it
     for name in OBJECTIVES:
@@ -69,7 +71,8 @@ def make_parser():
     add("--reduction", choices=REDUCTIONS, default="token", help="what the loss averages over")
     add("--advantage-scale", choices=["std", "none"], default="std", help="divide by group's std")
     add("--beta", type=float, default=0.0, help="penalty on leaving the start model: its KL, ≥ 0")
-    add("--reward", choices=MODES, default="correct", help="reward mode")
+    add("--reward", default="correct", help="correct, paper, noise, or a file of yours, mine.py, "
+        "with a function reward(text, gold, finished)")
     add("--prompts-per-step", type=int, default=16, help="P, prompts per rollout")
     add("--group-size", type=int, default=4, help="G, completions per prompt, ≥ 2")
     add("--epochs", type=int, default=2, help="passes over one rollout")
@@ -150,6 +153,11 @@ def read_settings(argv):
                              "leave it out, or start a new run with another --name")
         args = SimpleNamespace(**settings)
     check_settings(parser, args, given)
+    try:
+        if args.reward.endswith(".py"):
+            load_reward_file(args.reward)
+    except ValueError as e:
+        parser.error(f"--reward {e}")
     if not args.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
             ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
         parser.error(f"{folder} exists; continue it with --resume or choose another --name")
@@ -186,6 +194,9 @@ def check_settings(parser, args, given):
         chosen_objective(args)(torch.ones(1), torch.ones(1))
     except ValueError as e:
         parser.error(str(e))
+    if args.reward not in MODES and not args.reward.endswith(".py"):
+        parser.error(f"--reward is {args.reward!r}; expected {', '.join(MODES)}, or a .py file "
+                     "with a function reward(text, gold, finished)")
     check_sampling(parser, args)
     if args.temperature == 0:
         parser.error("--temperature is 0; training needs samples that differ, a value above 0")

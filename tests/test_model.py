@@ -4,14 +4,18 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 import model as model_module
 from model import Qwen2, SharedPromptAttention
 from objectives import noclip, policy_loss
 from plumbing import hub, packed
 from plumbing.hub import TINY, to_hub
-from rollout import flat_batch
+from rollout import flat_batch, generate
 
 SHAPES = [  # width, heads, K/V heads, MLP, layers, tied, family
     (14 * 8, 14, 2, 200, 2, True), (14 * 8, 14, 2, 200, 2, False), (64, 4, 4, 96, 3, False),
@@ -339,17 +343,51 @@ def test_a_folder_that_is_no_model_folder_says_what_is_missing(tmp_path):
 
 
 def test_every_stop_token_of_every_file_is_a_stop_id():
-    class Tokenizer:
-        eos_token_id, chat_template, added_tokens_decoder = 3, "yes", {7: None}
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|user|>{{ m['role'] + m['content'] }}<end>{% endfor %}")
+    found = hub.find_stop_ids(tokenizer, {"eos_token_id": 11}, {"eos_token_id": [12, 11]})
+    assert found == [0, 11, 12, 259] and tokenizer.eos_token_id == 0
+    assert hub.find_stop_ids(None, {"eos_token_id": None}, {}) == []
 
-        def apply_chat_template(self, turns, tokenize):
-            return "".join(f"<{t['role']}>{t['content']}<end>" for t in turns)
 
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": {"<end>": [7], "": []}[text]}
-    find = hub.find_stop_ids
-    assert find(Tokenizer(), {"eos_token_id": 1}, {"eos_token_id": [2, 1]}) == [1, 2, 3, 7]
-    assert find(None, {"eos_token_id": None}, {}) == []
+def test_ids_that_no_token_has_are_never_given_probability(tmp_path):
+    vocabulary = 300  # rows of the head; the tokenizer has 259 tokens
+    theirs(*SHAPES[4], vocabulary).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokens = {**{token["content"]: token["id"] for token in content["added_tokens"]},
+              **content["model"]["vocab"]}
+    moved = [name for name, i in tokens.items() if i in (100, 200)]  # to the end, past two gaps
+    for name, i in zip(moved, (270, 280)):
+        content["model"]["vocab"][name] = i
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    nameless = [100, 200, *range(259, 270), *range(271, 280)]
+    for model in (Qwen2.from_pretrained(tmp_path), Qwen2.from_pretrained(tmp_path).for_sampling()):
+        assert model.n_real_ids == 281 and model.nameless_ids.tolist() == nameless
+        for temperature in (1.0, 0.01, 2.0):
+            logp = model.log_probs(torch.randn(3, model.config["hidden_size"]), temperature)
+            assert (logp[:, nameless].exp() == 0).all() and logp.shape == (3, 281)
+            torch.testing.assert_close(logp.exp().sum(-1), torch.ones(3))
+            assert model_module.entropy_of(logp).isfinite().all()
+    model = Qwen2.from_pretrained(tmp_path)
+    drawn = generate(model, [[5, 6]], 64, 16).completions[0]
+    assert not {i for ids in drawn for i in ids} & set(nameless)
+    _, entropy = model.accumulate_gradients(flat_batch([[5, 6]], [drawn]), 0.7,
+                                            lambda logp, chunk: logp.sum(), entropy=True)
+    assert entropy.isfinite().all() and not model.head_weight.grad[nameless].any()
+
+
+def test_a_token_that_the_library_adds_is_no_token_of_the_folder(tmp_path):
+    # DeepSeek-R1-Distill-Qwen has an end of its own, and transformers adds <|endoftext|>
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((TINY / name).read_text().replace("<|endoftext|>", "<|done|>"))
+    tokenizer, named, _ = hub.load_tokenizer(tmp_path)
+    assert len(tokenizer) == 260 and max(named) == 258 and len(named) == 259
+    tokenizer, named, _ = hub.load_tokenizer(TINY)
+    assert len(tokenizer) == 259 == len(named)
 
 
 def test_a_folder_without_its_tokenizer_is_refused(tmp_path):

@@ -423,7 +423,7 @@ def test_the_embedded_problems_load_in_every_split():
 class Tokenizer:
     """As little of a tokenizer as the prompt needs; one id per character."""
     name_or_path = "stand-in"
-    chat_template = "some template"
+    chat_template, added_tokens_decoder = "some template", {}
 
     def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False, **_):
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
