@@ -354,7 +354,7 @@ def test_every_stop_token_of_every_file_is_a_stop_id():
 
 def test_ids_that_no_token_has_are_never_given_probability(tmp_path):
     vocabulary = 300  # rows of the head; the tokenizer has 259 tokens
-    theirs(*SHAPES[4], vocabulary).save_pretrained(tmp_path)
+    theirs(*SHAPES[4], vocabulary=vocabulary).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
