@@ -20,16 +20,16 @@ from decimal import Decimal
 
 from tqdm import tqdm
 
-from plumbing.latex import BOXED, LONGEST_LATEX, bare, braced, compare_latex
+from plumbing.latex import LONGEST_LATEX, bare, compare_latex, last_box
 from plumbing.number import (
     LONGEST,
-    NUMBER,
-    as_number,
     as_text,
     gold_number,
-    last_match,
+    last_number,
+    last_phrase,
     paper_number,
-    plain_answer,
+    plain,
+    read_number,
     same_number,
 )
 from plumbing.problems import SETS, TINY, Problem, load_problems
@@ -80,6 +80,12 @@ def build_prompt(tokenizer, problem):
 # ---------------------------------------------------------------------------------- grading
 
 MARK = re.compile("#{4,}")
+WORDS = re.compile(r"(?:[^\W\d_]{2,}|[\s.,:;!?*_'\"()-])+")
+THOUGHT = "</think>"  # what stands before it is no answer
+# `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are headings of Markdown, no answers.
+HEADING = re.compile(r"""[*_\s]*(?:\(?(?:[0-9]{1,3}|[a-zA-Z]|[IVX]+)[.)、][*_]*\s+\S|[0-9]{1,3}:\s*[^\W\d]
+    |(?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day)
+     s?\b[*_\s]*\#?(?:[0-9]|[IVX]+\b|[a-zA-Z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
 PAPER_FORMAT = re.compile(r"####\s*[0-9]+[^\n]+")  # the authors': "#### 15" has it, "#### 5" not
 
 
@@ -129,10 +135,9 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
     latex = latex_answer(text, scorer, finished)
     if latex is None:
         return False
-    if number:  # "18 dollars" is 18, which math-verify does not know
-        answer = number_answer("#### " + latex, "strict")
-        if answer is not None and same_number(answer, number):
-            return True
+    number, answer = number or read_number(gold, letters=False), read_number(latex)
+    if number and answer:  # exactly; math-verify knows neither 2 1/2 nor 18 dollars
+        return same_number(answer, number)
     return compare_latex(bare(gold), latex) == "same"
 
 
@@ -142,6 +147,7 @@ def has_format(text, gold, *, finished=True):
     The completion finished, its only `####` line is its last line, and that line holds an answer:
     a number if the gold is a number, else LaTeX. "#### 5" has the form, "#### 5\\nReally" has not.
     """
+    text = text.rpartition(THOUGHT)[2]
     marks = list(MARK.finditer(text))
     if not finished or len(marks) != 1 or "\n" in text[marks[0].end():].strip():
         return False
@@ -182,39 +188,47 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
 
 # ---------------------------------------------------------------------------------- where it stands
 
-def marked_line(text, finished):
-    """What stands on the first complete `####` line; None without one, "" if it is too long."""
+def answer_line(text, kind, finished=True):
+    """The first `####` line that is complete and no heading; "" without one.
+
+    For kind "number" words without mathematics are a heading, too: `#### Solution`.
+    """
     mark = MARK.search(text)
-    end = text.find("\n", mark.end()) if mark else -1
-    if mark is None or (end < 0 and not finished):
-        return None
-    line = text[mark.end():end if end >= 0 else len(text)].strip()
-    return line if len(line) <= LONGEST else ""
+    while mark:
+        end = text.find("\n", mark.end())
+        if end < 0 and not finished:
+            break
+        line = text[mark.end():end if end >= 0 else len(text)].strip()
+        if line and len(line) <= LONGEST and not HEADING.match(line) and not (
+                kind == "number" and WORDS.fullmatch(line)):
+            return line
+        mark = MARK.search(text, end) if end >= 0 else None
+    return ""
 
 
 def number_answer(text, scorer, finished=True):
     """The Number that a completion answers with, or None."""
-    line = marked_line(text, finished)
-    if line is not None:
-        line = plain_answer(line)
-        first = NUMBER.search(line)
-        # `#### $18 per day` says 18. `#### Step 1` and `#### 3 + 4` do not say what the answer is.
-        if (first and not re.search(r"\w", line[:first.start()].replace(r"\boxed", ""))
-                and not NUMBER.search(line, first.end())):
-            return as_number(first)
-    if scorer == "strict" or not finished:
-        return None
-    last = last_match(NUMBER, text, plain_answer)
-    return as_number(last) if last else None
+    text = text.rpartition(THOUGHT)[2]
+    line = answer_line(text, "number", finished)
+    number = read_number(line)
+    if number or scorer == "strict" or not finished:
+        return number
+    box = None if line else last_box(text)
+    if not line and box is None:
+        return last_number(text)
+    answer = line or box
+    return read_number(answer) or read_number(last_phrase(plain(answer[:LONGEST])) or "")
 
 
 def latex_answer(text, scorer, finished=True):
     """The LaTeX that a completion answers with, without its wrapping, or None."""
-    answer = bare(marked_line(text, finished) or "")
+    text = text.rpartition(THOUGHT)[2]
+    answer = bare(answer_line(text, "latex", finished))
     if not answer and scorer != "strict" and finished:
         dollars = text.replace(r"\$", "").replace("$$", "$").rsplit("$", 2)
-        if BOXED in text:
-            answer = bare(braced(text, text.rfind(BOXED)))
+        box = last_box(text)
+        if box is not None:
+            answer = bare(box)
         elif len(dollars) == 3:
             answer = bare(dollars[1])
         elif r"\(" in text:

@@ -78,7 +78,7 @@ def read_problems(name_or_path, split="test"):
     problems, dropped = [], []
     for n, (where, row) in enumerate(rows):
         question, gold = question_and_gold(row, source, f"{place}, {where}")
-        number = gold_number(gold)
+        number = gold_number(gold, letters=not source.latex)
         if number:
             problems.append(Problem(f"{prefix}/{n}", question, as_text(number), "number"))
         elif (source.latex or LATEX_MARKS.search(gold)) and 0 < len(gold) <= LONGEST_LATEX:
