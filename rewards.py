@@ -129,15 +129,15 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
         answer, right = paper_number(text), paper_number("#### " + gold)
         return None not in (answer, right) and abs(answer - right) <= Decimal("1e-6")
     number = gold_number(gold)
-    if number and scorer != "math":
-        answer = number_answer(text, scorer, finished)
+    if number:
+        answer = number_answer(text, "strict" if scorer == "strict" else "flexible", finished)
         return answer is not None and same_number(answer, number)
     latex = latex_answer(text, scorer, finished)
     if latex is None:
         return False
-    number, answer = number or read_number(gold, letters=False), read_number(latex)
-    if number and answer:  # exactly; math-verify knows neither 2 1/2 nor 18 dollars
-        return same_number(answer, number)
+    right, answer = read_number(gold, letters=False), read_number(latex)
+    if right and answer:  # exactly, and as mixed numbers: math-verify takes 2 2/3 for 4/3
+        return same_number(answer, right)
     return compare_latex(bare(gold), latex) == "same"
 
 

@@ -99,7 +99,9 @@ def last_box(text):
 def bare(latex):
     """LaTeX without the dollars, \\boxed{}, Markdown and full stop around it, in ASCII notation."""
     latex = spelled(latex[:LONGEST_BOXED]).replace(r"\degree", r"^{\circ}")
-    latex = latex.replace(r"\$", "").replace("$", "").lstrip(" \n*").rstrip(" \n*.")
+    latex = latex.replace(r"\$", "").replace("$", "").strip(" \n*")
+    if latex.endswith(".") and not latex.endswith(".."):
+        latex = latex[:-1].rstrip(" \n*")
     if latex[:2] + latex[-2:] in (r"\(\)", r"\[\]"):
         latex = latex[2:-2].strip()
     box = BOX.match(latex)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from plumbing.latex import spelled
 
 LONGEST = 1000  # characters of a number or a `####` line, chosen; what is longer is no answer
-DIGIT = re.compile("[0-9０-９¼-¾⅐-⅞𝟎-𝟿]")
+DIGIT = re.compile("[0-9０-９¼-¾⅐-⅞𝟎-𝟿²³¹⁰-₉]")
 LATEX = re.compile(r"\\(?![,;:$% ]|!(?! ))|\^|_(?![0-9]{3})")  # in a gold
 EXACT = Context(prec=10 * LONGEST)  # products of numbers of LONGEST digits are not rounded
 
@@ -94,9 +94,8 @@ SCALE = re.compile(r"\s?(?:(dozen|hundred|thousand|lakh|million|crore|billion|tr
 LETTER = re.compile(r"([kKMB])(?![A-Za-z0-9])")  # not m: 5m may be 5 metres
 LETTER_OF_MONEY = re.compile(r"\s?([kKmMbBtT]|mn|bn)(?![A-Za-z0-9])")  # $2.5m
 PERCENT = re.compile(r"\s?(?:%|per\s?cent(?:age)?(?:\ points?)?\b|pct\b)", re.IGNORECASE)
-COINS = re.compile(rf"""(?:\$({DECIMAL})|({DECIMAL})\ (?:dollars?|euros?|pounds?|bucks?))
+COINS = re.compile(rf"""({DECIMAL})(\ (?:dollars?|euros?|pounds?|bucks?))?
     ,?(?:\ and)?\ ([0-9]{{1,2}})\ ?(?:cents?|pence|¢)""", re.VERBOSE | re.IGNORECASE)
-
 
 # ---------------------------------------------------------------------------------- units
 
@@ -106,15 +105,15 @@ HAN = ("(?:(?!半|分之)[\u0590-\u065f\u066e-\u06ef\u06fa-\u07bf\u0900-\u0965\u
        "\u1100-\u1c7f\u3040-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff])")
 UNITS = ("km cm mm nm kg mg ml cl dl cc ft in yd yds mi lb lbs oz hr hrs min mins sec secs wk wks "
          "mo yr yrs mph kph kmh kmph rpm mpg sq cu gal pt pts qt qts tsp tbsp pcs kb mb gb tb kw "
-         "kwh hz khz mhz ghz kj kcal cal deg day mile foot feet inch cup egg box cat dog car")
+         "kwh hz khz mhz ghz kj kcal cal μm μg μl μs deg day mile foot feet inch cup egg box cat dog car")
 SHORT = "of at on is it we he an as so by my us up if per dvds? cds? tvs?"
 # Words of mathematics, of numbers and of the time of the day: 5 pi, 5 squared, 5 dozen, 3 pm.
 BEYOND = ("pi sin cos tan cot csc ln log exp sqrt root mod squared cubed factorial choose plus "
           "minus infinity alpha beta gamma delta theta lambda sigma omega phi psi rho tau mu nu abc "
           "xyz uvw am pm half halves quarter dozens? hundreds? thousands? lakhs? crores? "
           r"\w*illions? \w*illion(?:en|es) mil mio mln mrd tausend grand gross score myriad "
-          r"тыс млн млрд тысяч\w* миллион\w* one two three four five six seven eight nine ten "
-          r"eleven twelve \w+teen twenty thirty forty fifty sixty seventy eighty ninety")
+          r"тыс млн млрд тысяч\w* миллион\w* (?:one|two|three|four|five|six|seven|eight|nine|ten|eleven"
+          r"|twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?!-(?:dollar|cent|pound|day))")
 SHARES = r"quarters thirds? fourths? fifths? sixths? sevenths? eighths? ninths? tenths? \w+dths?"
 
 
@@ -132,11 +131,11 @@ WORD = rf"""(?!{any_of(BEYOND)})
       |[Ѐ-ԯ]{{2,}}|[A-Z]{{2,4}}s?(?=\ [a-z]{{3}})|[{LATIN}]{{1,2}}(?=-(?!{any_of(BEYOND)})[a-z]{{3}})
       |(?:[A-Z]\.){{2,}})(?:['-][{LATIN}]+)*\.?{CARET}"""
 LETTER_UNIT = rf"[mgLlhsмгс](?![{LATIN}'])(?!\s[A-Za-z](?![A-Za-z])){EXPONENT}"
-BEHIND = re.compile(rf"""(?!\s?(?:{any_of(SHARES)}|[ap]\.\s?m|[十百多余餘几幾成折又]|千(?![米克瓦])))
+BEHIND = re.compile(rf"""(?!\s?(?:{any_of(SHARES)}|[ap]\.\s?m|[十百万萬亿億만억多余餘几幾成折又]|千(?![米克瓦])))
     (?:-?(?={any_of(UNITS)}|[{LATIN}]{{4}}|[Ѐ-ԯ]{{2}}){WORD} | (?:[*_"')\]}}$]|\\[)\]])+(?=[\s.,]|$))?
     """, re.VERBOSE)
 UNIT = re.compile(rf"""[\s,;:()\[\]'"&]+ | \\[)\]] | -(?=\s) | (?<=\s)[*_]+(?=[{LATIN}]{{3}})
-  | [*_}}]+(?=[\s.,]|$) | (?<![{LATIN}0-9}})\]])(?:{WORD}|{LETTER_UNIT}|[aI](?=\ [a-z]{{2}}))
+  | [*_}}]+(?=[\s.,]|$) | (?<=[\s(\[,;:"'&*_-])(?:{WORD}|{LETTER_UNIT}|[aI](?=\ [a-z]{{2}}))
   | /\s?(?:{WORD}|{LETTER_UNIT}) | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY}""", re.VERBOSE)
 
 
@@ -199,10 +198,11 @@ def read_number(text, letters=True):
     if text.endswith(".") and text[-2:] != "..":
         text = text[:-1].rstrip(CLOSE)
     head = HEAD.match(text)
-    sign, at = (head["sign"] or "") + (head["sign2"] or ""), head.end()
-    coins = COINS.fullmatch(text, head.start("money") if head["money"] else at)
-    if coins:  # 18 dollars and 50 cents
-        value = product(coins[1] or coins[2])
+    sign, at = head["sign"] or head["sign2"] or "", head.end()
+    money = "$" in head[0] and not formula or head["money"]
+    coins = COINS.fullmatch(text, at)
+    if coins and (coins[2] or money):  # 18 dollars and 50 cents
+        value = product(coins[1])
         value = value and (EXACT.add(value[0], Decimal(coins[3]).scaleb(-2)), value[1])
         at = len(text)
     else:
@@ -210,10 +210,9 @@ def read_number(text, letters=True):
         value = found and quotient(found)
         at = found.end() if found else at
     # (1,234) is a pair or an interval; of --5 nobody knows the sign
-    if not value or len(sign) > 1 or re.search(r"(?<!\\)[(\[]", head[0]) and "," in text[:at]:
+    if not value or head["sign"] and head["sign2"] or re.search(r"(?<!\\)[(\[]", head[0]) and "," in text[:at]:
         return None
     top, bottom = value
-    money = head["money"] and not formula
     scale, n_scales = SCALE.match(text, at), 0
     if not scale and (letters or money):
         scale = (LETTER_OF_MONEY if money else LETTER).match(text, at)
@@ -259,13 +258,13 @@ def as_text(number):
 # These join two numbers: neither of 3 and 4, 3 to 4, 12 divided by 4 is read.
 JOINT = re.compile("and|or|plus|minus|times|over|to|by|divided|multiplied", re.IGNORECASE)
 TOKEN = re.compile(rf"""
-    (?P<end>[;] | [.?](?=\s|$) | ,(?=\s*[^\W\d_]) | (?<=[^\W\d_]),(?=\s)  # not the comma of 3, 5
+    (?P<end>[;] | (?<![.A-Z])[.?](?=\s|$) | ,(?=\s*[^\W\d_]) | (?<=[^\W\d_]),(?=\s)  # not the comma of 3, 5
       | (?<!\s):(?=\s|$) | (?<=[^\d\s]): | \|(?=\s|$) | (?<=\s)\| | —(?!\d)
-      | [=-]{1,3}> | >> | </?\|?\w+\|?> | \\(?:approx|implies|to|Rightarrow|rightarrow)(?![A-Za-z]))
-  | (?P<equals>(?<![!<>])=+)
+      | >> | </?\|?\w+\|?>)
+  | (?P<equals>[=-]{1,3}> | (?<![!<>])=+ | \\(?:approx|implies|to|[rR]ightarrow)(?![A-Za-z]))
   | (?P<command>\\[A-Za-z]+)
   | (?P<word>(?<![{LATIN}])(?!{MONEY}[0-9])(?:m(?=\s?\^)|[{LATIN}][{LATIN}0-9_]*)(?:['-][{LATIN}]+)*
-      (?:(?<=[{LATIN}][{LATIN}])\s?\^\s?\{{?-?[0-9]+\}}?)?)
+      (?:(?:(?<=[{LATIN}][{LATIN}])|(?<=[/\s]m)|(?<=/[sh]))\s?\^\s?\{{?-?[0-9]+\}}?)?)
   | (?P<han>{HAN}+)
   | (?P<number>[0-9]+)""", re.VERBOSE)
 TIME = r"(?:weeks?|days?|hours?|hrs?|h|minutes?|mins?|seconds?|secs?|years?|months?)"
@@ -287,9 +286,9 @@ def last_phrase(line):
     equals = False  # whether a = stands before: behind it a minus sign is no dash
     for token in TOKEN.finditer(line):
         kind, text = token.lastgroup, token[0]
-        if kind in ("end", "equals"):
-            stop, words = token.start() if stop is None else stop, token.end()
-            start, equals = words, kind == "equals"
+        if kind in ("end", "equals"):  # of 18 = 9 + 9 the right side is read, of 18 = x neither
+            stop = token.start() if kind == "end" and stop is None else stop
+            start, words, equals = token.end(), token.end(), kind == "equals"
         elif kind == "word":
             if before in ("number", "joint") and JOINT.fullmatch(text):
                 kind = "joint"
