@@ -82,10 +82,11 @@ def build_prompt(tokenizer, problem):
 MARK = re.compile("#{4,}")
 WORDS = re.compile(r"(?:[^\W\d_]{2,}|[\s.,:;!?*_'\"()-])+")
 THOUGHT = "</think>"  # what stands before it is no answer
-# `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are headings of Markdown, no answers.
-HEADING = re.compile(r"""[*_\s]*(?:\(?(?:[0-9]{1,3}|[a-zA-Z]|[IVX]+)[.)、][*_]*\s+\S|[0-9]{1,3}:\s*[^\W\d]
-    |(?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day)
-     s?\b[*_\s]*\#?(?:[0-9]|[IVX]+\b|[a-zA-Z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
+# `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are Markdown's headings, no answers.
+HEADING = re.compile(r"""[*_\s]*(?:\(?(?:[0-9]{1,3}|[a-z]|[ivx]+)\\?[.)、][.):*_]*\s+\S|[0-9]+:\s*[^\W\d]
+    |[0-9]{1,2}\ (?-i:[A-Z])[a-z]+\ (?:the|all|how|up|out|each|both|what|our)\b
+    |(?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day|第)
+     s?\b[*_\s]*\#?(?:[0-9]|[ivx]+\b|[a-z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
 PAPER_FORMAT = re.compile(r"####\s*[0-9]+[^\n]+")  # the authors': "#### 15" has it, "#### 5" not
 
 
@@ -217,7 +218,7 @@ def number_answer(text, scorer, finished=True):
     if not line and box is None:
         return last_number(text)
     answer = line or box
-    return read_number(answer) or read_number(last_phrase(plain(answer[:LONGEST])) or "")
+    return read_number(answer) or read_number(last_phrase(plain(answer[:LONGEST]), to_end=True) or "")
 
 
 def latex_answer(text, scorer, finished=True):

@@ -13,7 +13,7 @@ A scale is      million, dozen, … · k, K, M, B right behind the digits: 80k
 A unit is       words, currencies and symbols that mean nothing in mathematics: 18 km/h, 72 cm^2
 
 A text with anything else in it is no number: 5x, 2\pi, 3 + 4. So is a text that can be read in two
-ways: 1,5 and 5m and 3 quarters. Such a text is unread, never guessed.
+ways: 1,5 and 5m and 3 thirds. Such a text is unread, never guessed.
 
 int and Fraction of Python raise above 4,300 digits and long floats compare as inf = inf; Decimal
 does neither.
@@ -28,7 +28,8 @@ from plumbing.latex import spelled
 
 LONGEST = 1000  # characters of a number or a `####` line, chosen; what is longer is no answer
 DIGIT = re.compile("[0-9０-９¼-¾⅐-⅞𝟎-𝟿²³¹⁰-₉]")
-LATEX = re.compile(r"\\(?![,;:$% ]|!(?! ))|\^|_(?![0-9]{3})")  # in a gold
+# A gold with LaTeX's commands, powers or indices is LaTeX, \frac{14}{3} too; 3 p.m. is a time.
+OTHER_GOLD = re.compile(r"\\(?![,;:$% ]|!(?! ))|\^|_(?![0-9]{3})|[0-9]\s*[ap]\.?m\b|o'clock", re.I)
 EXACT = Context(prec=10 * LONGEST)  # products of numbers of LONGEST digits are not rounded
 
 
@@ -101,27 +102,25 @@ COINS = re.compile(rf"""({DECIMAL})(\ (?:dollars?|euros?|pounds?|bucks?))?
 
 LATIN = "A-Za-zÀ-ÖØ-öø-ɏḀ-ỿЀ-ԯ"  # and Cyrillic; Greek letters are mathematics
 # Letters without capitals (个, 원), of which a single one is a word; not half, and no digits.
-HAN = ("(?:(?!半|分之)[\u0590-\u065f\u066e-\u06ef\u06fa-\u07bf\u0900-\u0965\u0970-\u10ff"
+HAN = ("(?:(?!半|分之|(?<=分)之)[\u0590-\u065f\u066e-\u06ef\u06fa-\u07bf\u0900-\u0965\u0970-\u10ff"
        "\u1100-\u1c7f\u3040-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff])")
-UNITS = ("km cm mm nm kg mg ml cl dl cc ft in yd yds mi lb lbs oz hr hrs min mins sec secs wk wks "
+UNITS = ("km cm mm nm kg kgs mg ml cl dl cc ft in yd yds mi lb lbs oz hr hrs min mins sec secs wk wks "
          "mo yr yrs mph kph kmh kmph rpm mpg sq cu gal pt pts qt qts tsp tbsp pcs kb mb gb tb kw "
-         "kwh hz khz mhz ghz kj kcal cal μm μg μl μs deg day mile foot feet inch cup egg box cat dog car")
-SHORT = "of at on is it we he an as so by my us up if per dvds? cds? tvs?"
+         "kwh hz khz mhz ghz kj kcal cal am pm μm μg μl μs deg day mile foot feet inch cup egg box cat dog car")
+SHORT = "of to or be do go at on is it we he an as so by my us up if per dvds? cds? tvs?"
 # Words of mathematics, of numbers and of the time of the day: 5 pi, 5 squared, 5 dozen, 3 pm.
 BEYOND = ("pi sin cos tan cot csc ln log exp sqrt root mod squared cubed factorial choose plus "
           "minus infinity alpha beta gamma delta theta lambda sigma omega phi psi rho tau mu nu abc "
-          "xyz uvw am pm half halves quarter dozens? hundreds? thousands? lakhs? crores? "
-          r"\w*illions? \w*illion(?:en|es) mil mio mln mrd tausend grand gross score myriad "
+          "xyz uvw half halves quarter dozens? hundreds? thousands? lakhs? crores? "
+          r"\w*illions? \w*illion(?:en|es) mil mille mio mln mrd tausend grand gross score myriad "
           r"тыс млн млрд тысяч\w* миллион\w* (?:one|two|three|four|five|six|seven|eight|nine|ten|eleven"
           r"|twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?!-(?:dollar|cent|pound|day))")
-SHARES = r"quarters thirds? fourths? fifths? sixths? sevenths? eighths? ninths? tenths? \w+dths?"
+SHARES = (r"quarters\s+of (?:third|(?:four|fif|six|seven|eigh|nin|ten|\w+d)th)s "
+          r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|\w+d)th)(?!\ grade)")
 
 
 def any_of(words):
     return rf"(?:(?i:{words.replace(' ', '|')})(?![{LATIN}]))"
-
-
-FIXED = re.compile(f"negative|{any_of(BEYOND)}", re.IGNORECASE)  # no word before a number
 
 
 CARET = r"(?:\s?\^\s?(?:[23]|\{\s?-?[123]\s?\}))?"  # of cm^2, s^{-1}
@@ -129,14 +128,14 @@ EXPONENT = rf"(?:[23](?![0-9])|{CARET})"  # of m3, too
 WORD = rf"""(?!{any_of(BEYOND)})
     (?:{any_of(UNITS)}{EXPONENT}|{any_of(SHORT)}|(?=[{LATIN}]*[aeiouyAEIOUYÀ-ԯ])[{LATIN}]{{3,}}
       |[Ѐ-ԯ]{{2,}}|[A-Z]{{2,4}}s?(?=\ [a-z]{{3}})|[{LATIN}]{{1,2}}(?=-(?!{any_of(BEYOND)})[a-z]{{3}})
-      |(?:[A-Z]\.){{2,}})(?:['-][{LATIN}]+)*\.?{CARET}"""
+      |(?:[A-Z]\.){{2,}}|[ap]\.\ ?m)(?:['-][{LATIN}]+)*\.?{CARET}"""
 LETTER_UNIT = rf"[mgLlhsмгс](?![{LATIN}'])(?!\s[A-Za-z](?![A-Za-z])){EXPONENT}"
-BEHIND = re.compile(rf"""(?!\s?(?:{any_of(SHARES)}|[ap]\.\s?m|[十百万萬亿億만억多余餘几幾成折又]|千(?![米克瓦])))
+BEHIND = re.compile(rf"""(?!\s?(?:{any_of(SHARES)}|[十百万萬亿億만억多余餘几幾成折又]|千(?![米克瓦])))
     (?:-?(?={any_of(UNITS)}|[{LATIN}]{{4}}|[Ѐ-ԯ]{{2}}){WORD} | (?:[*_"')\]}}$]|\\[)\]])+(?=[\s.,]|$))?
     """, re.VERBOSE)
-UNIT = re.compile(rf"""[\s,;:()\[\]'"&]+ | \\[)\]] | -(?=\s) | (?<=\s)[*_]+(?=[{LATIN}]{{3}})
+UNIT = re.compile(rf"""(?<=[{LATIN}.])\s?/\s?{LETTER_UNIT} | [\s,;:()\[\]'"&]+ | \\[)\]] | -(?=\s) | (?<=\s)[*_]+(?=[{LATIN}]{{3}})
   | [*_}}]+(?=[\s.,]|$) | (?<=[\s(\[,;:"'&*_-])(?:{WORD}|{LETTER_UNIT}|[aI](?=\ [a-z]{{2}}))
-  | /\s?(?:{WORD}|{LETTER_UNIT}) | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY}""", re.VERBOSE)
+  | /\s?{WORD} | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY}""", re.VERBOSE)
 
 
 def is_unit(text, at):
@@ -228,11 +227,8 @@ def read_number(text, letters=True):
 
 
 def gold_number(gold, letters=False):
-    """The Number that a gold is as a whole, with or without a unit; None for any other gold.
-
-    A gold with LaTeX's commands, powers or indices is LaTeX, \\frac{14}{3} too.
-    """
-    return None if LATEX.search(gold) else read_number(gold, letters)
+    """The Number that a gold is as a whole, with or without a unit; None for any other gold."""
+    return None if OTHER_GOLD.search(gold) else read_number(gold, letters)
 
 
 def same_number(answer, gold):
@@ -275,36 +271,36 @@ TWO_PARTS = re.compile(rf"""(?<![0-9.,$-])(?:(?:negative|minus)\s)?[-$]{{0,2}}[0
     \s?{TIME}{MORE}{TIME}|\s?{LENGTH}{MORE}{LENGTH}|\s?{WEIGHT}{MORE}{WEIGHT}
     |(?:\s(?:dollars?|euros?|pounds?|bucks?))?{MORE}(?:cents?|pence|¢))(?![A-Za-z])
     """, re.VERBOSE | re.IGNORECASE)  # 18 dollars and 50 cents; 2 hours and 30 minutes
+# No word of mathematics, no name of a function: 5 eggs, not 5 x, negative 5, sqrt 5, f(5).
+WHOLE_WORD = re.compile(rf"(?!negative\b|{any_of(BEYOND)})[{LATIN}'-]*[{LATIN}]{{2}}[{LATIN}0-9'^{{}}-]*"
+                        rf"(?![{LATIN}0-9(])", re.IGNORECASE)
+HALF = re.compile(r"(?:半| and (?:a|one) (?:half|quarter|third))?")  # 5 hours and a half
 NOTHING = "\ufffd"  # a phrase that is no number, and what a cut line begins or ends with
 
 
-def last_phrase(line):
-    """The last number of a line and what belongs to it, up to the words before: "is 3 + 18 cm^2."
-    gives " 3 + 18 cm^2". None for a line without a number."""
-    words = start = stop = phrase = number = before = None
-    words = start = 0
-    equals = False  # whether a = stands before: behind it a minus sign is no dash
+def last_phrase(line, to_end=False):
+    """The last number of a line and what belongs to it, from the words before to the first word
+    behind, or to_end: "it is 3 + 18 cm^2 in all" gives " 3 + 18 cm^2". None without a number."""
+    words = start = 0  # where the words before end; where the number begins
+    phrase = stop = number = before = None
+    equals = dash = False  # whether a = stands before: behind it a minus sign is no dash
     for token in TOKEN.finditer(line):
         kind, text = token.lastgroup, token[0]
-        if kind in ("end", "equals"):  # of 18 = 9 + 9 the right side is read, of 18 = x neither
-            stop = token.start() if kind == "end" and stop is None else stop
-            start, words, equals = token.end(), token.end(), kind == "equals"
-        elif kind == "word":
-            if before in ("number", "joint") and JOINT.fullmatch(text):
-                kind = "joint"
-            elif (re.search(rf"[{LATIN}]{{2}}", text) and not FIXED.fullmatch(text)
-                  and line[token.end():token.end() + 1] != "("):
-                words = start = token.end()
-                equals = False
-        elif kind == "han":
-            words = start = token.end()
-            equals = False
+        if kind == "word" and before in ("number", "joint") and JOINT.fullmatch(text):
+            kind = "joint"
         elif kind == "number":
             gap = line[number.end():token.start()] if before == "number" else ""
             if gap.isspace():  # 3 18 are two numbers; 3 000 and 3 1/2 are one
                 one = len(text) == 3 or line[token.end():token.end() + 2].strip()[:1] in ("/", ".")
                 start = words if one else token.start()
             phrase, stop, number, dash = start, None, token, not equals
+        elif kind in ("end", "han") or (kind == "word" and WHOLE_WORD.match(line, token.start())):
+            if stop is None and not to_end:
+                stop = token.start() if kind == "end" else HALF.match(line, token.end()).end()
+            start = words = token.end()
+            equals = False
+        elif kind == "equals":  # of 18 = 9 + 9 the right side is read, of 18 = x nothing
+            start, words, equals = token.end(), token.end(), True
         before = kind
     if phrase is None:
         return None
