@@ -45,6 +45,7 @@ class Number(NamedTuple):
 LAYOUT = [(re.compile(pattern), usual) for pattern, usual in [
     (r"\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|operatorname|emph|underline)\s*\{([^{}]*)\}",
      r"\1"),
+    (r",\\!\s", ","),
     (r"\\(?:(?:left|right|displaystyle|bf|rm|[bB]igg?[lr]?|f?boxed|fbox)(?![A-Za-z])|!"
      r"|(?=[$%#&_]))", ""),
     (r"\\(?:[,;:> ]|(?:q?quad|thinspace)(?![A-Za-z]))", " "),
@@ -78,6 +79,7 @@ VALUE = re.compile(rf"""
       |(?![0-9]+\ [0-9])(?P<over>{FACTOR})\s?/\s?(?![0-9]+\ [0-9])(?P<under>{FACTOR}))
   | (?P<product>{PRODUCT})(?P<more>\ and\ (?:a|one)\ (?:half|quarter|fourth|third)\b)?
     """, re.VERBOSE)
+NO_MARKS = str.maketrans("", "", ", '_")
 POWER = re.compile(rf"(?P<base>{DECIMAL})(?:\s?\^[\s{{(]*(?P<power>-?[0-9]+))?", re.VERBOSE)
 CODES = "USD EUR GBP CNY RMB JPY INR CAD AUD CHF KRW HKD SGD NZD RUB MXN BRL ZAR SEK NOK PLN"
 MONEY = (r"(?:(?:US|CA|AU|HK|NZ|[ACS])?\$|[¢£¥€₩₽₹₪₫₱₺฿]|Rs\.?|"
@@ -148,39 +150,42 @@ def is_unit(text, at):
 
 # ---------------------------------------------------------------------------------- reading
 
+ONE = Decimal(1)
+
+
 def product(text):
     """(top, bottom) of a product of decimals and their powers, 3*10^5; None for a monster."""
-    top, bottom, size = Decimal(1), Decimal(1), 0
-    for factor in POWER.finditer(text or "1"):
-        base = Decimal(re.sub("[, '_]", "", factor["base"]))
-        power = int((factor["power"] or "1")[:5])
-        size += max(len(base.as_tuple().digits) + abs(base.as_tuple().exponent), 1) * abs(power)
+    top, bottom, size = ONE, ONE, 0
+    for factor in POWER.finditer(text or ""):
+        digits, power = factor["base"].translate(NO_MARKS), int((factor["power"] or "1")[:5])
+        base = Decimal(digits)
+        size += (len(digits) + 99 * ("e" in digits.lower())) * abs(power)
         if size > LONGEST or (not base and power <= 0):
             return None
-        part = EXACT.power(base, abs(power)) if power else Decimal(1)
-        if power < 0:
-            bottom = EXACT.multiply(bottom, part)
-        else:
-            top = EXACT.multiply(top, part)
+        if power > 0:
+            top = EXACT.multiply(top, base if power == 1 else EXACT.power(base, power))
+        elif power < 0:
+            bottom = EXACT.multiply(bottom, EXACT.power(base, -power))
     return top, bottom
 
 
 def quotient(value):
     """(top, bottom) of a match of VALUE, or None where it has no value or two."""
     over = product(value["product"] or value["top"] or value["top1"] or value["over"])
-    under = product(value["bottom"] or value["bottom1"] or value["under"])
-    whole = product(value["whole"] or "0")
-    if not over or not under or not whole or not under[0]:
-        return None
-    top, bottom = EXACT.multiply(over[0], under[1]), EXACT.multiply(over[1], under[0])
-    if value["whole"]:  # of 2 3/2 or 2 0.1/3 nobody knows what is meant
-        if not 0 < top < bottom or any(x != x.to_integral_value() for x in (whole[0], *over)):
+    if over and not value["product"]:
+        under = product(value["bottom"] or value["bottom1"] or value["under"])
+        if not under or not under[0]:
             return None
-        top = EXACT.add(EXACT.multiply(whole[0], bottom), top)
-    if value["more"]:  # 5 and a half
+        over = EXACT.multiply(over[0], under[1]), EXACT.multiply(over[1], under[0])
+    if over and value["whole"]:  # of 2 3/2 and 2.5 1/2 nobody knows what is meant
+        whole = product(value["whole"])
+        if not whole or not 0 < over[0] < over[1] or any("." in x or "e" in x for x in value.groups("")):
+            return None
+        over = EXACT.add(EXACT.multiply(whole[0], over[1]), over[0]), over[1]
+    if over and value["more"]:  # 5 and a half
         parts = Decimal({"half": 2, "third": 3}.get(value["more"].rpartition(" ")[2], 4))
-        top, bottom = EXACT.add(EXACT.multiply(top, parts), bottom), EXACT.multiply(bottom, parts)
-    return (-top if value["minus"] else top), bottom
+        over = EXACT.add(EXACT.multiply(over[0], parts), over[1]), EXACT.multiply(over[1], parts)
+    return (-over[0], over[1]) if over and value["minus"] else over
 
 
 @functools.lru_cache(maxsize=4096)
