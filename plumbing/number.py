@@ -335,7 +335,10 @@ def last_number(text):
         line = text[begin:end]
         if begin and text[begin - 1] != "\n":
             line = NOTHING + line
-        phrase = last_phrase(plain(line if end >= len(text) or text[end] == "\n" else line + NOTHING))
+        if end < len(text) and text[end] != "\n":
+            line += NOTHING
+        line = plain(line)  # ½ becomes eleven characters
+        phrase = last_phrase(line) if len(line) <= 4 * LONGEST else NOTHING
         if phrase is not None:
             return read_number(phrase)
         digit = DIGIT.search(backwards, len(text) - begin)
