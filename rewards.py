@@ -80,13 +80,14 @@ def build_prompt(tokenizer, problem):
 # ---------------------------------------------------------------------------------- grading
 
 MARK = re.compile("#{4,}")
-WORDS = re.compile(r"(?:[^\W\d_]{2,}|[\s.,:;!?*_'\"()-])+")
+WORDS = re.compile(r"(?:[^\W\d_]\w+|[\s.,:;!?*_'\"()-])+")  # a word may hold digits: H5
 THOUGHT = "</think>"  # what stands before it is no answer
 # `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are Markdown's headings, no answers.
-HEADING = re.compile(r"""[*_\s]*(?:\(?(?:[0-9]{1,3}|[a-z]|[ivx]+)\\?[.)、][.):*_]*\s+\S|[0-9]+:\s*[^\W\d]
-    |[0-9]{1,2}\ (?-i:[A-Z])[a-z]+\ (?:the|all|how|up|out|each|both|what|our)\b
-    |(?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day|第)
-     s?\b[*_\s]*\#?(?:[0-9]|[ivx]+\b|[a-z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
+HEADING = re.compile(r"""[*_\s]*(?:
+    \(?(?:[0-9]{1,3}|[a-z]|[ivx]+)\\?(?:[.)][.):*_]*\s+|、)\S | [0-9]+:\s*[^\W\d]
+  | [0-9]{1,2}\ (?-i:[A-Z])[a-z]+\ (?:the|all|how|up|out|each|both|what|our)\b
+  | (?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day)
+    s?\b[*_\s]*\#?(?:[0-9]|[ivx]+\b|[a-z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
 PAPER_FORMAT = re.compile(r"####\s*[0-9]+[^\n]+")  # the authors': "#### 15" has it, "#### 5" not
 
 
@@ -94,9 +95,10 @@ def extract_answer(text, *, scorer="flexible", finished=True, kind="number"):
     """Return the answer that a completion gives, as text, or None: "so 9\\n#### $18.00" gives "18".
 
     text: any string of any length.
-    scorer: "strict" reads the first `####` line. "flexible" reads that line, else the last number;
-        for kind "latex" the last \\boxed{}, else the last $formula$ or \\(formula\\), else the last
-        number.
+    scorer: "strict" reads the first `####` line that is no heading (`#### Step 1: …`), as a whole.
+        "flexible" reads that line, too, else the last number on it; without such a line the last
+        \\boxed{}, for kind "latex" else the last $formula$ or \\(formula\\), else the last number.
+        What stands before </think> is not read. docs/scorers.md has an example of every rule.
     finished: False for a completion that was cut off. Such a completion has an answer only on a
         `####` line that ends in a newline: a bare `#### 1` may be the start of `#### 18`.
     kind: the kind of the problem, "number" or "latex".
@@ -115,10 +117,9 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
 
     text, finished: as in `extract_answer`.
     gold: the short answer as text. A gold that is a number is compared as a number, any other one
-        as LaTeX.
-    scorer: "strict" or "flexible", as in `extract_answer`; "paper", the authors' (`paper_number`);
-        or "math", which looks for the answer as for LaTeX, \\boxed{} before the last number,
-        whatever the gold is.
+        as LaTeX. Both are compared exactly: 0.3333 is not 1/3.
+    scorer: "strict" or "flexible", as in `extract_answer`; "math", the flexible one by the name
+        that sets with LaTeX answers are compared by; or "paper", the authors' (`paper_number`).
     Raises ValueError for an unknown scorer or an empty gold, RuntimeError where math-verify, which
     compares LaTeX, does not start.
     """
@@ -192,7 +193,8 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
 def answer_line(text, kind, finished=True):
     """The first `####` line that is complete and no heading; "" without one.
 
-    For kind "number" words without mathematics are a heading, too: `#### Solution`.
+    For kind "number" words without a number are a heading, too: `#### Solution`. The first line, as
+    in GSM8K's own grader: a base model that has answered often goes on with another question.
     """
     mark = MARK.search(text)
     while mark:
@@ -201,7 +203,7 @@ def answer_line(text, kind, finished=True):
             break
         line = text[mark.end():end if end >= 0 else len(text)].strip()
         if line and len(line) <= LONGEST and not HEADING.match(line) and not (
-                kind == "number" and WORDS.fullmatch(line)):
+                kind == "number" and WORDS.fullmatch(line) and not read_number(line)):
             return line
         mark = MARK.search(text, end) if end >= 0 else None
     return ""
@@ -218,7 +220,8 @@ def number_answer(text, scorer, finished=True):
     if not line and box is None:
         return last_number(text)
     answer = line or box
-    return read_number(answer) or read_number(last_phrase(plain(answer[:LONGEST]), to_end=True) or "")
+    return read_number(answer) or read_number(
+        last_phrase(plain(answer[:LONGEST]), to_end=True) or "")
 
 
 def latex_answer(text, scorer, finished=True):

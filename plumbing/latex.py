@@ -37,8 +37,8 @@ AS_LATEX = {
     "÷": r"\div ", "∕": "/", "⁄": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "→": r"\to ", "⇒": r"\implies ", "∅": r"\emptyset ",
     "°": r"^{\circ}", "º": r"^{\circ}", "℃": r"^{\circ}C", "℉": r"^{\circ}F", "√": r"\sqrt",
-    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "µ": "μ", "−": "-", "➖": "-", "˗": "-", "٪": "%", "。": ". ",
-    "、": ", ", "’": "'", "‘": "'", "′": "'", "“": '"', "”": '"', "″": '"', "～": "〜"}
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "µ": "μ", "−": "-", "➖": "-", "˗": "-", "٪": "%",
+    "。": ". ", "、": ", ", "’": "'", "‘": "'", "′": "'", "“": '"', "”": '"', "″": '"', "～": "〜"}
 ROOT = re.compile(r"([√∛∜])\s*(?:([0-9]+(?:\.[0-9]+)?|[A-Za-zπ])|\(([^()]*)\))")
 
 
@@ -68,7 +68,7 @@ def spell(character):
 
 
 def spelled(text):
-    """A text with Unicode's notation in LaTeX's: 3R² becomes 3R^{2}, √3 \\sqrt{3}, ½ \\frac{1}{2}."""
+    """A text with Unicode's notation in LaTeX's: 3R² is 3R^{2}, √3 \\sqrt{3}, ½ \\frac{1}{2}."""
     if text.isascii():
         return text
     text = ROOT.sub(lambda m: f"{m[1]}{{{m[2] or m[3]}}}", text)

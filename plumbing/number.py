@@ -46,7 +46,7 @@ LAYOUT = [(re.compile(pattern), usual) for pattern, usual in [
     (r"\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|operatorname|emph|underline)\s*\{([^{}]*)\}",
      r"\1"),
     (r",\\!\s", ","),
-    (r"\\(?:(?:left|right|displaystyle|bf|rm|[bB]igg?[lr]?|f?boxed|fbox)(?![A-Za-z])|!"
+    (r"\\(?:(?:left|right|displaystyle|bf|rm|[bB]igg?[lr]?|boxed|fbox)(?![A-Za-z])|!"
      r"|(?=[$%#&_]))", ""),
     (r"\\(?:[,;:> ]|(?:q?quad|thinspace)(?![A-Za-z]))", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -84,11 +84,11 @@ POWER = re.compile(rf"(?P<base>{DECIMAL})(?:\s?\^[\s{{(]*(?P<power>-?[0-9]+))?",
 CODES = "USD EUR GBP CNY RMB JPY INR CAD AUD CHF KRW HKD SGD NZD RUB MXN BRL ZAR SEK NOK PLN"
 MONEY = (r"(?:(?:US|CA|AU|HK|NZ|[ACS])?\$|[¢£¥€₩₽₹₪₫₱₺฿]|Rs\.?|"
          rf"(?:{CODES.replace(' ', '|')})(?![A-Za-z]))")
-OPEN = r"""(?:[\s$*_`"'(\[{=【「]|\\[(\[])*"""
+OPEN = r"""(?:[\x00-\x20\s$*_`"'(\[{=【「]|\#(?!\#)|\\[(\[])*"""
 HEAD = re.compile(rf"""{OPEN}(?P<sign>[-+]|(?:negative|minus)\s)?{OPEN}
                        (?P<money>{MONEY}\s?)?(?P<sign2>[-+])?""", re.VERBOSE | re.IGNORECASE)
 CLOSE = " $*_`\"'】」,;|\\"
-SCALES = {"dozen": 12} | {word: Decimal(10) ** zeros for words, zeros in [
+SCALES = {"dozen": Decimal(12)} | {word: Decimal(10) ** zeros for words, zeros in [
     ("hundred", 2), ("thousand k", 3), ("lakh", 5), ("million m mn", 6), ("crore", 7),
     ("billion b bn", 9), ("trillion t", 12), ("万 萬 만", 4), ("亿 億 억", 8)]
     for word in words.split()}
@@ -106,17 +106,19 @@ LATIN = "A-Za-zÀ-ÖØ-öø-ɏḀ-ỿЀ-ԯ"  # and Cyrillic; Greek letters are m
 # Letters without capitals (个, 원), of which a single one is a word; not half, and no digits.
 HAN = ("(?:(?!半|分之|(?<=分)之)[\u0590-\u065f\u066e-\u06ef\u06fa-\u07bf\u0900-\u0965\u0970-\u10ff"
        "\u1100-\u1c7f\u3040-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff])")
-UNITS = ("km cm mm nm kg kgs mg ml cl dl cc ft in yd yds mi lb lbs oz hr hrs min mins sec secs wk wks "
-         "mo yr yrs mph kph kmh kmph rpm mpg sq cu gal pt pts qt qts tsp tbsp pcs kb mb gb tb kw "
-         "kwh hz khz mhz ghz kj kcal cal am pm μm μg μl μs deg day mile foot feet inch cup egg box cat dog car")
+UNITS = ("km cm mm nm kg kgs mg ml cl dl cc ft in yd yds mi lb lbs oz hr hrs min mins sec secs wk "
+         "wks mo yr yrs mph kph kmh kmph rpm mpg sq cu gal pt pts qt qts tsp tbsp pcs kb mb gb tb "
+         "kw kwh hz khz mhz ghz kj kcal cal am pm μm μg μl μs deg day mile foot inch cup")
 SHORT = "of to or be do go at on is it we he an as so by my us up if per dvds? cds? tvs?"
-# Words of mathematics, of numbers and of the time of the day: 5 pi, 5 squared, 5 dozen, 3 pm.
+# Words of mathematics and of numbers: 5 pi, 5 squared, 5 dozen, 5 hundred thousand.
 BEYOND = ("pi sin cos tan cot csc ln log exp sqrt root mod squared cubed factorial choose plus "
-          "minus infinity alpha beta gamma delta theta lambda sigma omega phi psi rho tau mu nu abc "
-          "xyz uvw half halves quarter dozens? hundreds? thousands? lakhs? crores? "
+          "minus infinity alpha beta gamma delta theta lambda sigma omega phi psi rho tau mu nu "
+          "abc xyz uvw half halves quarter dozens? hundreds? thousands? lakhs? crores? "
           r"\w*illions? \w*illion(?:en|es) mil mille mio mln mrd tausend grand gross score myriad "
-          r"тыс млн млрд тысяч\w* миллион\w* (?:one|two|three|four|five|six|seven|eight|nine|ten|eleven"
-          r"|twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?!-(?:dollar|cent|pound|day))")
+          r"тыс млн млрд тысяч\w* миллион\w* "
+          "(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+          r"\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?!-(?:dollar|cent|pound|day))")
+# Shares, right behind a number: 3 thirds, 1 third of it; but 5 (third graders) are five.
 SHARES = (r"quarters\s+of (?:third|(?:four|fif|six|seven|eigh|nin|ten|\w+d)th)s "
           r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|\w+d)th)(?!\ grade)")
 
@@ -127,17 +129,24 @@ def any_of(words):
 
 CARET = r"(?:\s?\^\s?(?:[23]|\{\s?-?[123]\s?\}))?"  # of cm^2, s^{-1}
 EXPONENT = rf"(?:[23](?![0-9])|{CARET})"  # of m3, too
-WORD = rf"""(?!{any_of(BEYOND)})
-    (?:{any_of(UNITS)}{EXPONENT}|{any_of(SHORT)}|(?=[{LATIN}]*[aeiouyAEIOUYÀ-ԯ])[{LATIN}]{{3,}}
-      |[Ѐ-ԯ]{{2,}}|[A-Z]{{2,4}}s?(?=\ [a-z]{{3}})|[{LATIN}]{{1,2}}(?=-(?!{any_of(BEYOND)})[a-z]{{3}})
-      |(?:[A-Z]\.){{2,}}|[ap]\.\ ?m)(?:['-][{LATIN}]+)*\.?{CARET}"""
-LETTER_UNIT = rf"[mgLlhsмгс](?![{LATIN}'])(?!\s[A-Za-z](?![A-Za-z])){EXPONENT}"
-BEHIND = re.compile(rf"""(?!\s?(?:{any_of(SHARES)}|[十百万萬亿億만억多余餘几幾成折又]|千(?![米克瓦])))
-    (?:-?(?={any_of(UNITS)}|[{LATIN}]{{4}}|[Ѐ-ԯ]{{2}}){WORD} | (?:[*_"')\]}}$]|\\[)\]])+(?=[\s.,]|$))?
+WORD = rf"""(?!{any_of(BEYOND)})(?:
+        {any_of(UNITS)}{EXPONENT} | {any_of(SHORT)} | (?=[{LATIN}]*[aeiouyAEIOUYÀ-ԯ])[{LATIN}]{{3,}}
+      | [Ѐ-ԯ]{{2,}} | (?:[A-Z]\.){{2,}} | [A-Z]{{2,4}}s?(?=\ [a-z]{{3}})      # руб, U.S., DS games
+      | [ap]\.\ ?m | [{LATIN}]{{1,2}}(?=-(?!{any_of(BEYOND)})[a-z]{{3}})      # p.m., t-shirts
+    )(?:['-][{LATIN}]+)*\.?{CARET}"""
+LETTER_UNIT = rf"[mgLlhsмгс](?![{LATIN}'])(?!\s[A-Za-z](?![A-Za-z])){EXPONENT}"  # not in m h g
+# What may stand right behind the digits, and what must not.
+BEHIND = re.compile(rf"""
+    (?!\s?(?:{any_of(SHARES)} | [十百万萬亿億만억多余餘几幾成折又] | 千(?![米克瓦])))
+    (?:-?(?={any_of(UNITS)} | [{LATIN}]{{4}} | [Ѐ-ԯ]{{2}}){WORD}              # 18km, 18-year-old
+      | (?:[*_"')\]}}$]|\\[)\]])+(?=[\s.,]|$))?                               # **18** eggs
     """, re.VERBOSE)
-UNIT = re.compile(rf"""(?<=[{LATIN}.])\s?/\s?{LETTER_UNIT} | [\s,;:()\[\]'"&]+ | \\[)\]] | -(?=\s) | (?<=\s)[*_]+(?=[{LATIN}]{{3}})
-  | [*_}}]+(?=[\s.,]|$) | (?<=[\s(\[,;:"'&*_-])(?:{WORD}|{LETTER_UNIT}|[aI](?=\ [a-z]{{2}}))
-  | /\s?{WORD} | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY}""", re.VERBOSE)
+UNIT = re.compile(rf"""
+    (?<=[{LATIN}.])\s?/\s?{LETTER_UNIT} | /\s?{WORD}                          # km/h, 18/hour
+  | (?<=[\s(\[,;:"'&*_-])(?:{WORD} | {LETTER_UNIT} | [aI](?=\ [a-z]{{2}}))     # eggs, m, a day
+  | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY}
+  | [\s,;:()\[\]'"&]+ | \\[)\]] | -(?=\s) | (?<=\s)[*_]+(?=[{LATIN}]{{3}}) | [*_}}]+(?=[\s.,]|$)
+    """, re.VERBOSE)
 
 
 def is_unit(text, at):
@@ -157,8 +166,10 @@ def product(text):
     """(top, bottom) of a product of decimals and their powers, 3*10^5; None for a monster."""
     top, bottom, size = ONE, ONE, 0
     for factor in POWER.finditer(text or ""):
-        digits, power = factor["base"].translate(NO_MARKS), int((factor["power"] or "1")[:5])
-        base = Decimal(digits)
+        digits, power = factor["base"].translate(NO_MARKS), factor["power"] or "1"
+        if len(power) > 4:
+            return None
+        base, power = Decimal(digits), int(power)
         size += (len(digits) + 99 * ("e" in digits.lower())) * abs(power)
         if size > LONGEST or (not base and power <= 0):
             return None
@@ -178,14 +189,24 @@ def quotient(value):
             return None
         over = EXACT.multiply(over[0], under[1]), EXACT.multiply(over[1], under[0])
     if over and value["whole"]:  # of 2 3/2 and 2.5 1/2 nobody knows what is meant
-        whole = product(value["whole"])
-        if not whole or not 0 < over[0] < over[1] or any("." in x or "e" in x for x in value.groups("")):
+        parts = "".join(filter(None, value.groups()))
+        if not 0 < over[0] < over[1] or re.search("[.eE]", parts.replace("and", "")):
             return None
-        over = EXACT.add(EXACT.multiply(whole[0], over[1]), over[0]), over[1]
+        over = EXACT.add(EXACT.multiply(product(value["whole"])[0], over[1]), over[0]), over[1]
     if over and value["more"]:  # 5 and a half
         parts = Decimal({"half": 2, "third": 3}.get(value["more"].rpartition(" ")[2], 4))
         over = EXACT.add(EXACT.multiply(over[0], parts), over[1]), EXACT.multiply(over[1], parts)
     return (-over[0], over[1]) if over and value["minus"] else over
+
+
+def scaled(text, at, pattern):
+    """(factor, end) of the scale words from `at` on, or of one letter: 3 million, 80k."""
+    factor, found = ONE, SCALE.match(text, at) or (pattern and pattern.match(text, at))
+    while found and factor < 10**9:
+        factor = EXACT.multiply(factor, SCALES[found[found.lastindex].lower()])
+        at = found.end()
+        found = SCALE.match(text, at)
+    return factor, at
 
 
 @functools.lru_cache(maxsize=4096)
@@ -202,33 +223,24 @@ def read_number(text, letters=True):
     if text.endswith(".") and text[-2:] != "..":
         text = text[:-1].rstrip(CLOSE)
     head = HEAD.match(text)
-    sign, at = head["sign"] or head["sign2"] or "", head.end()
-    money = "$" in head[0] and not formula or head["money"]
-    coins = COINS.fullmatch(text, at)
+    at, money = head.end(), head["money"] or "$" in head[0] and not formula
+    coins, found = COINS.fullmatch(text, at), VALUE.match(text, at)
     if coins and (coins[2] or money):  # 18 dollars and 50 cents
-        value = product(coins[1])
-        value = value and (EXACT.add(value[0], Decimal(coins[3]).scaleb(-2)), value[1])
-        at = len(text)
+        top, bottom, at = Decimal(coins[1].translate(NO_MARKS)), ONE, len(text)
+        top = EXACT.add(top, Decimal(coins[3]).scaleb(-2))
+    elif value := found and quotient(found):
+        letter = LETTER_OF_MONEY if money else LETTER if letters else None
+        factor, at = scaled(text, found.end(), letter)
+        top, bottom = EXACT.multiply(value[0], factor), value[1]
     else:
-        found = VALUE.match(text, at)
-        value = found and quotient(found)
-        at = found.end() if found else at
-    # (1,234) is a pair or an interval; of --5 nobody knows the sign
-    if not value or head["sign"] and head["sign2"] or re.search(r"(?<!\\)[(\[]", head[0]) and "," in text[:at]:
         return None
-    top, bottom = value
-    scale, n_scales = SCALE.match(text, at), 0
-    if not scale and (letters or money):
-        scale = (LETTER_OF_MONEY if money else LETTER).match(text, at)
-    while scale and n_scales < 3:
-        top = EXACT.multiply(top, Decimal(SCALES[(scale[1] or scale[scale.lastindex]).lower()]))
-        at, n_scales = scale.end(), n_scales + 1
-        scale = SCALE.match(text, at)
     percent = PERCENT.match(text, at)
-    if not is_unit(text, percent.end() if percent else at):
+    in_brackets = re.search(r"(?<!\\)[(\[]", head[0])  # (1,234) is a pair, an interval or a number
+    if (head["sign"] and head["sign2"] or in_brackets and "," in text[:at]
+            or not is_unit(text, percent.end() if percent else at)):
         return None
-    return Number(-top if sign.strip().lower() in ("-", "negative", "minus") else top, bottom,
-                  bool(percent))
+    negative = (head["sign"] or head["sign2"] or "+")[0] in "-nNmM"  # -, negative, minus
+    return Number(-top if negative else top, bottom, bool(percent))
 
 
 def gold_number(gold, letters=False):
@@ -259,7 +271,7 @@ def as_text(number):
 # These join two numbers: neither of 3 and 4, 3 to 4, 12 divided by 4 is read.
 JOINT = re.compile("and|or|plus|minus|times|over|to|by|divided|multiplied", re.IGNORECASE)
 TOKEN = re.compile(rf"""
-    (?P<end>[;] | (?<![.A-Z])[.?](?=\s|$) | ,(?=\s*[^\W\d_]) | (?<=[^\W\d_]),(?=\s)  # not the comma of 3, 5
+    (?P<end>[;] | (?<![.A-Z])[.?](?=\s|$) | ,(?=\s*[^\W\d_]) | (?<=[^\W\d_]),  # not of 3, 5
       | (?<!\s):(?=\s|$) | (?<=[^\d\s]): | \|(?=\s|$) | (?<=\s)\| | —(?!\d)
       | >> | </?\|?\w+\|?>)
   | (?P<equals>[=-]{1,3}> | (?<![!<>])=+ | \\(?:approx|implies|to|[rR]ightarrow)(?![A-Za-z]))
@@ -277,8 +289,8 @@ TWO_PARTS = re.compile(rf"""(?<![0-9.,$-])(?:(?:negative|minus)\s)?[-$]{{0,2}}[0
     |(?:\s(?:dollars?|euros?|pounds?|bucks?))?{MORE}(?:cents?|pence|¢))(?![A-Za-z])
     """, re.VERBOSE | re.IGNORECASE)  # 18 dollars and 50 cents; 2 hours and 30 minutes
 # No word of mathematics, no name of a function: 5 eggs, not 5 x, negative 5, sqrt 5, f(5).
-WHOLE_WORD = re.compile(rf"(?!negative\b|{any_of(BEYOND)})[{LATIN}'-]*[{LATIN}]{{2}}[{LATIN}0-9'^{{}}-]*"
-                        rf"(?![{LATIN}0-9(])", re.IGNORECASE)
+WHOLE_WORD = re.compile(rf"""(?!negative\b|{any_of(BEYOND)})
+    [{LATIN}'-]*[{LATIN}]{{2}}[{LATIN}0-9'^{{}}-]*(?![{LATIN}0-9(])""", re.VERBOSE | re.IGNORECASE)
 HALF = re.compile(r"(?:半| and (?:a|one) (?:half|quarter|third))?")  # 5 hours and a half
 NOTHING = "\ufffd"  # a phrase that is no number, and what a cut line begins or ends with
 
