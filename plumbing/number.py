@@ -144,7 +144,7 @@ BEHIND = re.compile(rf"""
 UNIT = re.compile(rf"""
     (?<=[{LATIN}.])\s?/\s?{LETTER_UNIT} | /\s?{WORD}                          # km/h, 18/hour
   | (?<=[\s(\[,;:"'&*_-])(?:{WORD} | {LETTER_UNIT} | [aI](?=\ [a-z]{{2}}))     # eggs, m, a day
-  | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY}
+  | °\s?[CF]?(?![A-Za-z]) | {HAN}+{CARET} | {MONEY} | [☀-➿🌀-🫿\ufe0f]+
   | [\s,;:()\[\]'"&]+ | \\[)\]] | -(?=\s) | (?<=\s)[*_]+(?=[{LATIN}]{{3}}) | [*_}}]+(?=[\s.,]|$)
     """, re.VERBOSE)
 
@@ -274,7 +274,7 @@ TOKEN = re.compile(rf"""
     (?P<end>[;] | (?<![.A-Z])[.?](?=\s|$) | ,(?=\s*[^\W\d_]) | (?<=[^\W\d_]),  # not of 3, 5
       | (?<!\s):(?=\s|$) | (?<=[^\d\s]): | \|(?=\s|$) | (?<=\s)\| | —(?!\d)
       | >> | </?\|?\w+\|?>)
-  | (?P<equals>[=-]{1,3}> | (?<![!<>])=+ | \\(?:approx|implies|to|[rR]ightarrow)(?![A-Za-z]))
+  | (?P<equals>[=-]{{1,3}}> | (?<![!<>])=+ | \\(?:approx|implies|to|[rR]ightarrow)(?![A-Za-z]))
   | (?P<command>\\[A-Za-z]+)
   | (?P<word>(?<![{LATIN}])(?!{MONEY}[0-9])(?:m(?=\s?\^)|[{LATIN}][{LATIN}0-9_]*)(?:['-][{LATIN}]+)*
       (?:(?:(?<=[{LATIN}][{LATIN}])|(?<=[/\s]m)|(?<=/[sh]))\s?\^\s?\{{?-?[0-9]+\}}?)?)
