@@ -80,7 +80,7 @@ def build_prompt(tokenizer, problem):
 # ---------------------------------------------------------------------------------- grading
 
 MARK = re.compile("#{4,}")
-WORDS = re.compile(r"(?:[^\W\d_]\w+|[\s.,:;!?*_'\"()-])+")  # a word may hold digits: H5
+WORDS = re.compile(r"(?:[^\W\d_]\w+(?!\w)|[\s.,:;!?*'\"()-])+")  # a word may hold digits: H5
 THOUGHT = "</think>"  # what stands before it is no answer
 # `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are Markdown's headings, no answers.
 HEADING = re.compile(r"""[*_\s]*(?:

@@ -288,9 +288,7 @@ TWO_PARTS = re.compile(rf"""(?<![0-9.,$-])(?:(?:negative|minus)\s)?[-$]{{0,2}}[0
     \s?{TIME}{MORE}{TIME}|\s?{LENGTH}{MORE}{LENGTH}|\s?{WEIGHT}{MORE}{WEIGHT}
     |(?:\s(?:dollars?|euros?|pounds?|bucks?))?{MORE}(?:cents?|pence|¢))(?![A-Za-z])
     """, re.VERBOSE | re.IGNORECASE)  # 18 dollars and 50 cents; 2 hours and 30 minutes
-# No word of mathematics, no name of a function: 5 eggs, not 5 x, negative 5, sqrt 5, f(5).
-WHOLE_WORD = re.compile(rf"""(?!negative\b|{any_of(BEYOND)})
-    [{LATIN}'-]*[{LATIN}]{{2}}[{LATIN}0-9'^{{}}-]*(?![{LATIN}0-9(])""", re.VERBOSE | re.IGNORECASE)
+NO_BOUNDARY = re.compile(rf"negative\b|{any_of(BEYOND)}|[{LATIN}]?(?![{LATIN}])", re.IGNORECASE)
 HALF = re.compile(r"(?:半| and (?:a|one) (?:half|quarter|third))?")  # 5 hours and a half
 NOTHING = "\ufffd"  # a phrase that is no number, and what a cut line begins or ends with
 
@@ -311,7 +309,8 @@ def last_phrase(line, to_end=False):
                 one = len(text) == 3 or line[token.end():token.end() + 2].strip()[:1] in ("/", ".")
                 start = words if one else token.start()
             phrase, stop, number, dash = start, None, token, not equals
-        elif kind in ("end", "han") or (kind == "word" and WHOLE_WORD.match(line, token.start())):
+        elif kind in ("end", "han") or (kind == "word" and not NO_BOUNDARY.match(text)
+                                        and not line.startswith("(", token.end())):  # not f(5)
             if stop is None and not to_end:
                 stop = token.start() if kind == "end" else HALF.match(line, token.end()).end()
             start = words = token.end()
