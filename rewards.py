@@ -21,16 +21,16 @@ from decimal import Decimal
 from tqdm import tqdm
 
 from plumbing.chat import chat_ids, chat_text
-from plumbing.latex import BOXED, LONGEST_LATEX, bare, braced, compare_latex
+from plumbing.latex import LONGEST_LATEX, bare, compare_latex, last_box
 from plumbing.number import (
     LONGEST,
-    NUMBER,
-    as_number,
     as_text,
     gold_number,
-    last_match,
+    last_number,
+    last_phrase,
     paper_number,
-    plain_answer,
+    plain,
+    read_number,
     same_number,
 )
 from plumbing.problems import SETS, TINY, Problem, load_problems
@@ -69,6 +69,14 @@ def build_prompt(tokenizer, problem):
 # ---------------------------------------------------------------------------------- grading
 
 MARK = re.compile("#{4,}")
+WORDS = re.compile(r"(?:[^\W\d_]\w+(?!\w)|[\s.,:;!?*'\"()-])+")  # a word may hold digits: H5
+THOUGHT = "</think>"  # what stands before it is no answer
+# `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are Markdown's headings, no answers.
+HEADING = re.compile(r"""[*_\s]*(?:
+    \(?(?:[0-9]{1,3}|[a-z]|[ivx]+)\\?(?:[.)][.):*_]*\s+|、)\S | [0-9]+:\s*[^\W\d]
+  | [0-9]{1,2}\ (?-i:[A-Z])[a-z]+\ (?:the|all|how|up|out|each|both|what|our)\b
+  | (?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day)
+    s?\b[*_\s]*\#?(?:[0-9]|[ivx]+\b|[a-z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
 PAPER_FORMAT = re.compile(r"####\s*[0-9]+[^\n]+")  # the authors': "#### 15" has it, "#### 5" not
 
 
@@ -76,9 +84,10 @@ def extract_answer(text, *, scorer="flexible", finished=True, kind="number"):
     """Return the answer that a completion gives, as text, or None: "so 9\\n#### $18.00" gives "18".
 
     text: any string of any length.
-    scorer: "strict" reads the first `####` line. "flexible" reads that line, else the last number;
-        for kind "latex" the last \\boxed{}, else the last $formula$ or \\(formula\\), else the last
-        number.
+    scorer: "strict" reads the first `####` line that is no heading (`#### Step 1: …`), as a whole.
+        "flexible" reads that line, too, else the last number on it; without such a line the last
+        \\boxed{}, for kind "latex" else the last $formula$ or \\(formula\\), else the last number.
+        What stands before </think> is not read. docs/scorers.md has an example of every rule.
     finished: False for a completion that was cut off. Such a completion has an answer only on a
         `####` line that ends in a newline: a bare `#### 1` may be the start of `#### 18`.
     kind: the kind of the problem, "number" or "latex".
@@ -97,10 +106,9 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
 
     text, finished: as in `extract_answer`.
     gold: the short answer as text. A gold that is a number is compared as a number, any other one
-        as LaTeX.
-    scorer: "strict" or "flexible", as in `extract_answer`; "paper", the authors' (`paper_number`);
-        or "math", which looks for the answer as for LaTeX, \\boxed{} before the last number,
-        whatever the gold is.
+        as LaTeX. Both are compared exactly: 0.3333 is not 1/3.
+    scorer: "strict" or "flexible", as in `extract_answer`; "math", the flexible one by the name
+        that sets with LaTeX answers are compared by; or "paper", the authors' (`paper_number`).
     Raises ValueError for an unknown scorer or an empty gold, RuntimeError where math-verify, which
     compares LaTeX, does not start.
     """
@@ -112,16 +120,15 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
         answer, right = paper_number(text), paper_number("#### " + gold)
         return None not in (answer, right) and abs(answer - right) <= Decimal("1e-6")
     number = gold_number(gold)
-    if number and scorer != "math":
-        answer = number_answer(text, scorer, finished)
+    if number:
+        answer = number_answer(text, "strict" if scorer == "strict" else "flexible", finished)
         return answer is not None and same_number(answer, number)
     latex = latex_answer(text, scorer, finished)
     if latex is None:
         return False
-    if number:  # "18 dollars" is 18, which math-verify does not know
-        answer = number_answer("#### " + latex, "strict")
-        if answer is not None and same_number(answer, number):
-            return True
+    right, answer = read_number(gold, letters=False), read_number(latex)
+    if right and answer:  # exactly, and as mixed numbers: math-verify takes 2 2/3 for 4/3
+        return same_number(answer, right)
     return compare_latex(bare(gold), latex) == "same"
 
 
@@ -131,6 +138,7 @@ def has_format(text, gold, *, finished=True):
     The completion finished, its only `####` line is its last line, and that line holds an answer:
     a number if the gold is a number, else LaTeX. "#### 5" has the form, "#### 5\\nReally" has not.
     """
+    text = text.rpartition(THOUGHT)[2]
     marks = list(MARK.finditer(text))
     if not finished or len(marks) != 1 or "\n" in text[marks[0].end():].strip():
         return False
@@ -175,39 +183,49 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
 
 # ---------------------------------------------------------------------------------- where it stands
 
-def marked_line(text, finished):
-    """What stands on the first complete `####` line; None without one, "" if it is too long."""
+def answer_line(text, kind, finished=True):
+    """The first `####` line that is complete and no heading; "" without one.
+
+    For kind "number" words without a number are a heading, too: `#### Solution`. The first line, as
+    in GSM8K's own grader: a base model that has answered often goes on with another question.
+    """
     mark = MARK.search(text)
-    end = text.find("\n", mark.end()) if mark else -1
-    if mark is None or (end < 0 and not finished):
-        return None
-    line = text[mark.end():end if end >= 0 else len(text)].strip()
-    return line if len(line) <= LONGEST else ""
+    while mark:
+        end = text.find("\n", mark.end())
+        if end < 0 and not finished:
+            break
+        line = text[mark.end():end if end >= 0 else len(text)].strip()
+        if line and len(line) <= LONGEST and not HEADING.match(line) and not (
+                kind == "number" and WORDS.fullmatch(line) and not read_number(line)):
+            return line
+        mark = MARK.search(text, end) if end >= 0 else None
+    return ""
 
 
 def number_answer(text, scorer, finished=True):
     """The Number that a completion answers with, or None."""
-    line = marked_line(text, finished)
-    if line is not None:
-        line = plain_answer(line)
-        first = NUMBER.search(line)
-        # `#### $18 per day` says 18. `#### Step 1` and `#### 3 + 4` do not say what the answer is.
-        if (first and not re.search(r"\w", line[:first.start()].replace(r"\boxed", ""))
-                and not NUMBER.search(line, first.end())):
-            return as_number(first)
-    if scorer == "strict" or not finished:
-        return None
-    last = last_match(NUMBER, text, plain_answer)
-    return as_number(last) if last else None
+    text = text.rpartition(THOUGHT)[2]
+    line = answer_line(text, "number", finished)
+    number = read_number(line)
+    if number or scorer == "strict" or not finished:
+        return number
+    box = None if line else last_box(text)
+    if not line and box is None:
+        return last_number(text)
+    answer = line or box
+    return read_number(answer) or read_number(
+        last_phrase(plain(answer[:LONGEST]), to_end=True) or "")
 
 
 def latex_answer(text, scorer, finished=True):
     """The LaTeX that a completion answers with, without its wrapping, or None."""
-    answer = bare(marked_line(text, finished) or "")
+    text = text.rpartition(THOUGHT)[2]
+    answer = bare(answer_line(text, "latex", finished))
     if not answer and scorer != "strict" and finished:
         dollars = text.replace(r"\$", "").replace("$$", "$").rsplit("$", 2)
-        if BOXED in text:
-            answer = bare(braced(text, text.rfind(BOXED)))
+        box = last_box(text)
+        if box is not None:
+            answer = bare(box)
         elif len(dollars) == 3:
             answer = bare(dollars[1])
         elif r"\(" in text:

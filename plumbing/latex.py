@@ -9,6 +9,7 @@ Run it alone    python -m plumbing.latex GOLD ANSWER     same, different or unre
 This file runs as a script, too, for the process: it imports nothing of the project.
 """
 import functools
+import itertools
 import json
 import logging
 import re
@@ -16,34 +17,97 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 
 LONGEST_BOXED = 1000  # characters of \boxed{…}, chosen; what is longer is no answer
 LONGEST_LATEX = 400  # characters of a LaTeX answer, chosen; MATH-500's longest gold has 53
 LATEX_LIMIT_S = 0.6  # of CPU time for one comparison, chosen: with the start of a new process
 # behind it (0.4 s) it stays within a second; MATH-500's slowest needs 0.15. It is CPU time, so that
 # a busy machine turns no right answer into a wrong one. What takes longer counts as wrong.
-BOXED = r"\boxed{"
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+EXACT_DIGITS = 4000  # chosen; math-verify's own 6 takes 0.333333 for 1/3
+BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 # Seconds to years of work for sympy: a factorial, an exponent in an exponent, a long exponent.
 COSTLY = re.compile(r"(?<!\\)!|\^\s*(?:\{[^}]*|\([^)]*|\w+\s*)\^|\^[\s{(-]*[0-9]{5}")
 
 
+# What Unicode's own tables do not give: characters that LaTeX, or a keyboard, spells otherwise.
+AS_LATEX = {
+    "∞": r"\infty ", "±": r"\pm ", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
+    "÷": r"\div ", "∕": "/", "⁄": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "→": r"\to ", "⇒": r"\implies ", "∅": r"\emptyset ",
+    "°": r"^{\circ}", "º": r"^{\circ}", "℃": r"^{\circ}C", "℉": r"^{\circ}F", "√": r"\sqrt",
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "µ": "μ", "−": "-", "➖": "-", "˗": "-", "٪": "%",
+    "。": ". ", "、": ", ", "’": "'", "‘": "'", "′": "'", "“": '"', "”": '"', "″": '"', "～": "〜"}
+ROOT = re.compile(r"([√∛∜])\s*(?:([0-9]+(?:\.[0-9]+)?|[A-Za-zπ])|\(([^()]*)\))")
+
+
+@functools.lru_cache(maxsize=4096)
+def spell(character):
+    """(how to wrap it, LaTeX) of a character: ("^", "2") of ², ("", "\\pi ") of π."""
+    kind, name = unicodedata.category(character), unicodedata.name(character, "")
+    if character in AS_LATEX:
+        return "", AS_LATEX[character]
+    if kind == "Zs":
+        return "", " "
+    if kind == "Pd" and character not in "—―〜〰":  # long dashes and waves are no minus signs
+        return "", "-"
+    if "\u200b" <= character <= "\u200f" or character in "\u2060\ufeff":
+        return "", ""  # no width, no meaning
+    greek = re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]{2,7})", name)
+    if greek and character != "μ":
+        letter = greek[2].replace("LAMDA", "LAMBDA")
+        return "", f"\\{letter.lower() if greek[1] == 'SMALL' else letter.capitalize()} "
+    tag, _, codes = unicodedata.decomposition(character).partition("> ")
+    usual = "".join(chr(int(code, 16)) for code in codes.split())
+    if tag == "<fraction" and usual[-1] != "⁄":  # ½
+        return "", "\\frac{%s}{%s}" % tuple(usual.split("⁄"))
+    if tag in ("<super", "<sub"):
+        return "^" if tag == "<super" else "_", usual.replace("−", "-")
+    return "", "\ufffd" if kind == "No" else character  # ① is no 1
+
+
+def spelled(text):
+    """A text with Unicode's notation in LaTeX's: 3R² is 3R^{2}, √3 \\sqrt{3}, ½ \\frac{1}{2}."""
+    if text.isascii():
+        return text
+    text = ROOT.sub(lambda m: f"{m[1]}{{{m[2] or m[3]}}}", text)
+    parts = []
+    for wrap, run in itertools.groupby(map(spell, text), key=lambda pair: pair[0]):
+        inside = "".join(latex for _, latex in run)
+        parts.append(f"{wrap}{{{inside}}}" if wrap else inside)
+    text = re.sub(r"\^\{([0-9]+)\}/_\{([0-9]+)\}", r"\\frac{\1}{\2}", "".join(parts))  # ¹⁄₂
+    return unicodedata.normalize("NFKC", text)
+
+
 def braced(text, start):
-    """The text from `start` to the brace that closes the first brace there; "" if none does."""
+    """The text between the brace at `start` and the one that closes it; "" if none does."""
     depth = 0
     for i in range(start, min(len(text), start + LONGEST_BOXED)):
         depth += (text[i] == "{") - (text[i] == "}")
-        if text[i] == "}" and depth <= 0:
-            return text[start:i + 1]
+        if not depth:
+            return text[start + 1:i]
     return ""
 
 
+def last_box(text):
+    """What stands in the last \\boxed{} of a text, or None without one."""
+    last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    box = BOX.match(text, last) if last >= 0 else None
+    return braced(text, box.end()).strip() if box else None
+
+
 def bare(latex):
-    """LaTeX without the dollars, \\boxed{} and full stop around it."""
-    latex = latex.replace(r"\$", "").replace("$", "").lstrip(" \n*").rstrip(" \n*.")
+    """LaTeX without the dollars, \\boxed{}, Markdown and full stop around it, in ASCII notation."""
+    latex = spelled(latex[:LONGEST_BOXED]).replace(r"\degree", r"^{\circ}")
+    latex = latex.replace(r"\$", "").replace("$", "").strip(" \n*")
+    if latex.endswith(".") and not latex.endswith(".."):
+        latex = latex[:-1].rstrip(" \n*")
     if latex[:2] + latex[-2:] in (r"\(\)", r"\[\]"):
         latex = latex[2:-2].strip()
-    if latex.startswith(BOXED) and braced(latex, 0) == latex:
-        latex = latex[len(BOXED):-1].strip()
+    box = BOX.match(latex)
+    if box and box.end() + len(braced(latex, box.end())) + 2 == len(latex):
+        latex = latex[box.end() + 1:-1].strip()
     return latex
 
 
@@ -52,6 +116,9 @@ def compare_latex(gold, answer):
     """"same", "different", or "unreadable" where the answer is no LaTeX or is refused."""
     if " ".join(gold.split()) == " ".join(answer.split()):
         return "same"
+    bases = BASE.search(gold), BASE.search(answer)
+    if all(bases) and bases[0][1] != bases[1][1]:
+        return "different"  # math-verify reads 52 of 52_8 and of 52_9
     if COSTLY.search(gold) or COSTLY.search(answer):
         return "unreadable"
     with worker_lock:
@@ -103,7 +170,8 @@ def serve():
                         parsing_timeout=None, raise_on_error=True) for latex in (gold, answer)]
         if not all(parsed):
             return "unreadable"
-        same = verify(*parsed, timeout_seconds=None, raise_on_error=True)
+        same = verify(*parsed, float_rounding=EXACT_DIGITS, numeric_precision=EXACT_DIGITS,
+                      timeout_seconds=None, raise_on_error=True)
         return "same" if same else "different"
 
     assert compare(r"\frac{1}{2}", "0.5") == "same", "math-verify does not know 1/2 = 0.5"

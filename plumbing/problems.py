@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from plumbing.files import hub_errors, numbered_rows
-from plumbing.latex import BOXED, LONGEST_LATEX, bare, braced
+from plumbing.latex import LONGEST_LATEX, bare, last_box
 from plumbing.number import as_text, gold_number
 from plumbing.onestep import onestep_rows
 
@@ -89,7 +89,7 @@ def read_problems(name_or_path, split="test"):
     for n, (where, row) in enumerate(rows):
         question, answer = question_and_answer(row, source, f"{place}, {where}")
         gold, boxed = short_answer(answer)
-        number = gold_number(gold)
+        number = gold_number(gold, letters=not source.latex)
         if number:
             problems.append(Problem(f"{prefix}/{n}", question, as_text(number), "number"))
         elif why_dropped(gold, latex=source.latex or boxed):
@@ -106,9 +106,8 @@ def short_answer(answer):
     """The gold in an answer or solution, and whether it stood in a box: "9 + 9\\n#### 18" gives
     ("18", False), "We get \\boxed{x+1}." ("x+1", True)."""
     text = answer.rpartition("####")[2].strip()
-    if BOXED not in text:
-        return text, False
-    return bare(braced(text, text.rfind(BOXED))), True
+    box = last_box(text)
+    return (text, False) if box is None else (bare(box), True)
 
 
 def answer_of(problem):

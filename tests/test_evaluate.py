@@ -412,7 +412,8 @@ def test_a_set_with_some_latex_answers_gets_the_math_score_everywhere():
     texts = [r"so \boxed{\dfrac{14}{3}}", r"\boxed{18} in step 2"]
     rows = evaluate.grade_fully([raw(p, text) for p, text in zip(problems, texts)], problems)
     assert [row["math"] for row in rows] == [True, True]
-    assert [row["flexible"] for row in rows] == [True, False]  # the last number is 2
+    assert [row["flexible"] for row in rows] == [True, True]
+    assert [row["paper"] for row in rows] == [True, False]  # it takes 3 for 14/3, and 2 for 18
     assert main_score(rows) == "math"
     assert full_summary(rows, 1)["math"] == 1.0
     rows = evaluate.grade_fully([raw(problems[1], texts[1])], problems[1:])

@@ -150,7 +150,7 @@ def test_latex_is_graded_in_threads_and_leaves_the_signal_handlers_alone():
     before = [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGINT)]
     graded = []
     threads = [threading.Thread(target=lambda n=n: graded.append(
-        is_correct(rf"#### \frac{{{2 * n}}}{{4}}", rf"\frac{{{n}}}{{2}}"))) for n in range(1, 9)]
+        is_correct(rf"#### \frac{{{2 * n}x}}{{4}}", rf"\frac{{{n}x}}{{2}}"))) for n in range(1, 9)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -162,7 +162,7 @@ def test_latex_is_graded_in_threads_and_leaves_the_signal_handlers_alone():
 def test_a_comparison_without_a_verdict_is_reported_not_hidden(capfd):
     def cpu_s(seconds):
         return seconds.ru_utime + seconds.ru_stime
-    assert is_correct("#### 0.5", r"\frac{1}{2}")  # starts the process, which is not timed
+    assert is_correct("#### \\sqrt 4x", "2x")  # starts the process, which is not timed
     n_before = len(latex.ungraded)
     ticks = Path(f"/proc/{latex.workers[0].pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     before = (cpu_s(resource.getrusage(resource.RUSAGE_CHILDREN))
@@ -172,7 +172,7 @@ def test_a_comparison_without_a_verdict_is_reported_not_hidden(capfd):
     assert 0.5 * latex.LATEX_LIMIT_S < taken < 1  # CPU time of the process that was ended
     assert latex.ungraded[n_before:] == [(r"\frac{1}{2}", r"\binom{99999999}{5000001}")]
     assert "no verdict on the LaTeX answer" in capfd.readouterr().err
-    assert is_correct("#### 0.25", r"\frac{1}{4}")  # and the next one is graded as ever
+    assert is_correct("#### \\sqrt 9x", "3x")  # and the next one is graded as ever
 
 
 def test_a_math_verify_that_does_not_start_raises(monkeypatch, tmp_path):
@@ -181,7 +181,7 @@ def test_a_math_verify_that_does_not_start_raises(monkeypatch, tmp_path):
     monkeypatch.setattr(latex, "__file__", str(broken))
     monkeypatch.setattr(latex, "workers", [])
     with pytest.raises(RuntimeError, match="did not start"):
-        is_correct("#### 0.125", r"\frac{1}{8}")
+        is_correct("#### \\sqrt{12}", r"2\sqrt{3}")
 
 
 # ---------------------------------------------------------------------------- the authors' scorer
@@ -280,6 +280,12 @@ HOSTILE = {
     "minuses": "-" * 200_000,
     "fractions": r"\frac{1}{" * 20_000,
     "open boxes": r"\boxed{" * 30_000,
+    "words": "#### " + "word" * 200 + "=",
+    "words with marks": "#### " + "a_b'c-" * 150 + "(5",
+    "a long word": "5 " + "a" * 900 + "(",
+    "a long unit": "#### 5 " + "illionteendths" * 60 + "=",
+    "halves": "½" * 50_000,
+    "wide digits": "１，" * 50_000,
     "parentheses": "(" * 100_000 + "5" + ")" * 100_000,
     "nul": "\0" * 1000,
     "LaTeX tower": "#### $9^{9^{9}}$",
@@ -320,7 +326,7 @@ def test_hostile_completions_are_graded_in_milliseconds_against_numbers(name, se
 
 
 def test_hostile_completions_are_graded_within_a_limit_against_latex(sentinel):
-    is_correct("#### 0.5", r"\frac{1}{2}")
+    is_correct("#### \\sqrt 4x", "2x")
     for gold in (r"\frac{14}{3}", "x^2+1", "$9^{9^{9}}$", "$99999999!$"):
         for name, text in HOSTILE.items():
             taken = seconds_to_grade(text, gold)
