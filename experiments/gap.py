@@ -15,10 +15,11 @@ from plumbing.metrics import exact_log_probs
 from rewards import build_prompt, load_problems
 from rollout import flat_batch, generate
 
-PLACES = {"norms": "what the norms give", "rotary": "rotated queries and keys",
-          "attention": "what attention gives", "projections": "what q, k, v, o, gate, up, down give",
-          "swiglu": "silu(gate) · up", "stream": "the residual stream, after each addition",
-          "logits": "the logits"}
+PLACES = {
+    "norms": "what the norms give", "rotary": "rotated queries and keys",
+    "attention": "what attention gives", "projections": "q, k, v, o, gate, up, down",
+    "swiglu": "silu(gate) · up", "stream": "the residual stream, after each addition",
+    "logits": "the logits"}
 
 
 @torch.no_grad()
