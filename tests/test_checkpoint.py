@@ -198,7 +198,8 @@ sys.exit(train.main(sys.argv[2:]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory: Linux")
-@pytest.mark.parametrize("megabytes", [pytest.param(5, marks=pytest.mark.slow), 80])
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", [5, 80])
 def test_too_little_memory_is_said_and_costs_no_checkpoint(megabytes):
     run("--steps", "4", "--stop-after", "2", "--prompts-per-step", "16", "--group-size", "32",
         "--minibatches", "1", "--tokens-per-microbatch", "1000000", "--rollout-rows", "512",

@@ -319,7 +319,8 @@ def test_a_damaged_file_of_answers_is_kept_and_said(capsys):
     assert path.read_bytes() == whole and table_of("evaluations") == expected
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 10])
 def test_killed_at_random_moments_it_ends_with_the_same_table(n):
     command = [sys.executable, str(ROOT / "evaluate.py"), "tiny", "--data", "tiny", "--limit", "60",
                "--temperature", "0.7", "1", "--samples", "4", "--rollout-rows", "4", "--out"]

@@ -97,7 +97,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("what, fault, said", [
-    (MODEL, "stops", "peer closed connection"),
+    pytest.param(MODEL, "stops", "peer closed connection", marks=SLOW),
     (DATA, "refuses", "500 Internal Server Error"),
     (DATA, "cut", "file should be of size 4166206 but has size 1048576"),
     pytest.param(MODEL, "refuses", "500 Internal Server Error", marks=SLOW),
@@ -123,6 +123,7 @@ def test_what_a_hub_delivers_in_part_is_not_used(what, fault, said, hub, faulty,
     assert found.stdout == expected.stdout  # every byte of the model; every row
 
 
+@SLOW
 def test_a_slow_hub_is_waited_for(faulty, tmp_path):
     Faulty.fault, Faulty.pattern = "slow", ROWS
     done = subprocess.run([sys.executable, "-c", DATA], env=faulty, cwd=tmp_path, text=True,

@@ -123,9 +123,9 @@ parallel.stop()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others, files", [
-    ((2, True), ("2-0", "2-1")),
-    pytest.param((3, False), ("3-0", "3-1", "3-2"), marks=pytest.mark.slow)], ids=str)
+    ((2, True), ("2-0", "2-1")), ((3, False), ("3-0", "3-1", "3-2"))], ids=str)
 def test_a_process_with_nothing_to_train_neither_hangs_nor_skews(others, files):
     for n, fsdp in ((1, False), others):
         Path("lopsided.py").write_text(LOPSIDED.format(root=str(ROOT), fsdp=fsdp))
@@ -139,6 +139,7 @@ def test_a_process_with_nothing_to_train_neither_hangs_nor_skews(others, files):
             assert max((a - b).abs().max() for a, b in zip(weights, theirs)) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_when_one_process_dies_the_others_end_with_a_message():
     Path("dies.py").write_text(f"""
 import os, sys

@@ -81,6 +81,7 @@ def test_resuming_notices_a_changed_a_missing_and_another_file(capsys):
     assert train.main(["--model", "tiny", "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_a_reward_that_differs_between_processes_is_one_reward():
     # of each completion one process asks the file; the others take its word
     flags = mine("import os, random\n\ndef reward(text, gold, finished):\n"

@@ -180,7 +180,7 @@ def test_the_groups_that_fit_by_hand():
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--beta", "0.1", "--objective", "clip"],
+    [], pytest.param(["--beta", "0.1", "--objective", "clip"], marks=pytest.mark.slow),
     pytest.param(["--objective", "sapo", "--ratio-level", "sequence", "--optimizer", "sgd"],
                  marks=pytest.mark.slow)], ids=str)
 def test_resuming_is_bit_identical(flags):
@@ -208,7 +208,8 @@ def test_resuming_refuses_a_changed_setting_by_name(capsys):
     assert train.main(["--resume", "--model", "tiny/model"]) == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [
+    signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed(signum):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--threads", "2", "--steps", "40",
                "--name", "stopped"]
