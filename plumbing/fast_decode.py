@@ -128,7 +128,8 @@ class FlashCache:
         R, P, h, G = len(t_R), self.n_prompts, self.h, self.G
         self.seat_R, self.t_R = seat_R, t_R
         self.alone_R = (self.n_cached_P == 0)[seat_R // G]
-        self.own = (ends(R, h), ends(R, self.own_k[0].shape[1]), h, n_own), (t_R + 1).int()
+        n_own_R = (t_R + 1).clamp(max=n_own).int()  # a row that has ended may be longer
+        self.own = (ends(R, h), ends(R, self.own_k[0].shape[1]), h, n_own), n_own_R
         self.prompts = (ends(P, G * h), ends(P, self.longest), G * h, self.longest
                         ), self.n_cached_P[:P]
 

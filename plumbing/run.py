@@ -477,7 +477,8 @@ def end(run, args):
 
 
 def test_at_the_end(args, folder, test):
-    """What the run gained: greedy strict accuracy of the base model and of best/."""
+    """What the run gained: greedy strict accuracy of the base model and of best/, with room for
+    answers four times as long as in training (the paper's 128 tokens: 512, as evaluate.py)."""
     if not test:
         print(f"wrote {folder}/best; to measure it:\n"
               f"python evaluate.py {args.model} {shlex.quote(str(folder / 'best'))} --data "
@@ -487,6 +488,7 @@ def test_at_the_end(args, folder, test):
     torch.set_float32_matmul_precision("highest")  # fp32 as evaluate.py's, and the same figures
     for path in (args.model, folder / "best"):
         rows = answer_problems(Qwen2.from_pretrained(path, args.device), test,
+                               max_new_tokens=4 * args.max_new_tokens,
                                max_rows=args.rollout_rows, progress="test")
         scores.append(summarise(rows, 1)["strict"])
     write_json(folder / "test.json", {"data": args.data, "n_problems": len(test),

@@ -1,0 +1,94 @@
+"""The faster decode step of CUDA, on a CPU: its kernel in words, what is compiled run as it is."""
+import pytest
+import torch
+from test_model import SHAPES, theirs
+
+from model import Qwen2
+from plumbing import engine, fast_decode
+from plumbing.engine import CachedAttention, Sampler
+from plumbing.fast_decode import FlashCache, decode, draw_in_chunks, fast_works
+from rollout import draw, generate, uniforms_for
+
+
+def kernel_in_words(q_NKD, k_JKD, v_JKD, query_ends, key_ends, longest_q, longest_k, *rest,
+                    seqused_k):
+    """What FlashAttention-2 does with sequences of which only the first keys are in use; the
+    log-sum-exp of no key is infinite there."""
+    assert rest == (0.0, False, False) and longest_k >= seqused_k.max()
+    assert longest_q == query_ends.diff().max()
+    outs, lses = [], []
+    for b, n in enumerate(seqused_k.tolist()):
+        q = q_NKD[query_ends[b]:query_ends[b + 1]].transpose(0, 1)
+        k, v = (x[key_ends[b]:key_ends[b] + n].transpose(0, 1) for x in (k_JKD, v_JKD))
+        score = q @ k.mT * q.shape[-1]**-0.5
+        outs.append((score.softmax(-1) @ v).transpose(0, 1))
+        lses.append(score.logsumexp(-1) if n else torch.full(score.shape[:2], torch.inf))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(fast_decode, "flash_attention", kernel_in_words)
+
+
+class Fast(Sampler):
+    """The sampler as it is where `fast_works` says so."""
+
+    def __init__(self, model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens, *rest):
+        super().__init__(model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens,
+                         *rest)
+        self.attention = FlashCache(model, n_rows, n_prompts, group_size, longest_prompt,
+                                    max_new_tokens)
+        self.forward = engine.partial(decode, model)
+
+
+@pytest.mark.parametrize("shape", [0, 3, 4, 6, 7], ids=lambda i: str(SHAPES[i]))
+def test_the_faster_step_gives_the_plain_completions(shape, kernel, monkeypatch, tmp_path):
+    theirs(*SHAPES[shape]).save_pretrained(tmp_path)
+    model = Qwen2.from_pretrained(tmp_path)
+    prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16, 17]]  # one of a single token
+    work = (model, prompts, 3, 20, 0.8, 0.9, 1)
+    plain = generate(*work, max_rows=6)
+    monkeypatch.setattr(engine, "Sampler", Fast)
+    fast = generate(*work, max_rows=6)
+    assert fast.completions == plain.completions and fast.finished == plain.finished
+    for one, two in zip(sum(fast.logps, []), sum(plain.logps, [])):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(two), atol=1e-5, rtol=0)
+
+
+def test_a_step_that_errs_is_not_used_and_the_run_says_so(kernel, monkeypatch, capsys):
+    with torch.inference_mode():
+        model = Qwen2.from_pretrained("tiny").for_sampling()
+        assert fast_works(model, CachedAttention) and capsys.readouterr().err == ""
+        monkeypatch.setattr(fast_decode, "swiglu", lambda x: x.chunk(2, -1)[1])
+        assert not fast_works(model, CachedAttention)
+        assert "plain decode step is used on cpu: hidden states differ" in capsys.readouterr().err
+
+        def missing(*arguments, **more):
+            raise NotImplementedError("no such kernel\nand more")
+        monkeypatch.setattr(fast_decode, "flash_attention", missing)
+        assert not fast_works(model, CachedAttention)
+        assert capsys.readouterr().err.endswith("used on cpu: no such kernel\n")
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.9])
+@pytest.mark.parametrize("V", [97, 1024, 3001])
+def test_drawing_in_chunks_is_drawing(top_p, V):
+    generator = torch.Generator().manual_seed(V)
+    logp_RV = (3 * torch.randn(500, V, generator=generator)).log_softmax(-1)
+    key_R, none_R = torch.arange(500), torch.zeros(500, dtype=torch.int64)
+    u_RU = uniforms_for(0, 0, key_R, none_R, 1, top_p)[:, 0]
+    prob_RV = logp_RV.exp()
+    expected = draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)
+    same = (draw_in_chunks(logp_RV, u_RU, top_p) == expected).double().mean()
+    assert same > 0.99  # where a sum rounds another way, u falls on the token beside
+
+
+def test_drawing_in_chunks_never_takes_a_token_without_probability():
+    logp_RV = torch.full((4, 2500), -torch.inf)
+    logp_RV[0, 3], logp_RV[1, 1024], logp_RV[2, 2499] = 0, 0, 0
+    logp_RV[3, [1023, 2048]] = -0.6931472
+    for u in (0.0, 0.25, 0.5, 1 - 2**-24):
+        token_R = draw_in_chunks(logp_RV, torch.full((4, 1), u), 1.0)
+        assert logp_RV.gather(1, token_R[:, None]).isfinite().all(), (u, token_R)
+        assert token_R[3] == (1023 if u < 0.5 else 2048)
