@@ -13,7 +13,7 @@ Where to fork   another family: `Attention` and `rotary_table` hold what differs
 
 Axis letters: N flat tokens, M completion tokens among them (within the head's loop: those of one
 chunk), C model width, H query heads, K key/value heads, D head width, V vocabulary; inside
-attention B sequences, T their own tokens, J the tokens they see.
+attention B sequences, T their own tokens, J the tokens they see, h = H/K query heads on one key.
 """
 import argparse
 import math
@@ -30,7 +30,7 @@ from plumbing.files import read_json
 from plumbing.packed import PackedSequences, packed_works
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the
-# chunked head, 110 and 883 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
+# chunked head, 110 and 884 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
 # On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (issue 196678
@@ -97,8 +97,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each after a norm and added to the stream. `layer` is its number, which
-    `attend` needs to find its cache. `before` and `after` attention is all that can be compiled."""
+    """Attention, then MLP, each after a norm and added to the stream. `number` says which layer it
+    is: `attend` finds its cache by it. `before` and `after` attention is all that can be compiled.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -119,7 +120,7 @@ class Layer(nn.Module):
 
 
 def rotary_table(positions_N, c, dtype):
-    """cos and ∓sin of position · theta^(−2i/D), each (N, 1, D): angles in fp32, then `dtype`.
+    """cos and ∓sin of position · theta^(−i/D), i = 0, 2, …, each (N, 1, D): fp32, then `dtype`.
 
     Llama 3.1 and later (arXiv:2407.21783) turn slow pairs `factor` times slower: those that make
     fewer than `low_freq_factor` turns in the context of pretraining, and in part those that make
@@ -150,9 +151,9 @@ class Qwen2(nn.Module):
 
     config         dict, the fields of a hub `config.json`
     compute_dtype  dtype of the activations; the parameters are fp32 masters, cast where used
-    n_real_ids     ids below this are real tokens; the padding rows of the head beyond it are
-                   never given probability
-    nameless_ids   (n,) int64, those below n_real_ids that no token has, mostly none; never given
+    n_real_ids     one more than the largest id of a token; the head's rows beyond it are padding,
+                   and never given probability
+    nameless_ids   (n,) int64, the ids below n_real_ids that no token has, mostly none; never given
                    probability either
     stop_ids       sorted list of every id that ends a completion
     tokenizer      the transformers tokenizer of the folder, or None
@@ -400,12 +401,12 @@ def gradient_of(loss, logp_M, chunk):
 class PaddedSequences:
     """Index tensors that view flat tokens as padded sequences, inside attention only.
 
-    Sequence b has queries, its own tokens: `start … start + length` on the flat axis. Each query
+    The queries of sequence b are its own tokens, `start … start + length` on the flat axis. A query
     sees the whole prefix of its sequence, and the sequence's own tokens up to itself. One prompt of
     three tokens with completions of two and one, on the flat axis p0 p1 p2 c0 c1 d0:
 
-        query_BT  c0 c1       key_BJ  p0 p1 p2 c0 c1      (a repeated last token pads: c0 sees
-                  d0 d0               p0 p1 p2 d0 d0       p0 p1 p2 c0, and not the pad)
+        query_BT  c0 c1       key_BJ  p0 p1 p2 c0 c1      (a repeated last token pads: d0 sees
+                  d0 d0               p0 p1 p2 d0 d0       p0 p1 p2 d0, and not the pad)
 
     starts, lengths: lists of ints, so that nothing here waits for a GPU. prefix_starts,
     prefix_lengths: the same for the prefixes; without them no sequence has a prefix.
@@ -462,7 +463,8 @@ class SharedPromptAttention:
 
     A prompt sees itself, causally; a completion sees its prompt and itself. Without completions
     these are independent sequences.
-    prompt_lengths: P ints; completion_lengths: P lists of ints, in tokens.
+    prompt_lengths: P ints; completion_lengths: P lists of ints, in tokens. packs: whether bf16 goes
+    through plumbing/packed.py; by default where that was seen to work, on CUDA.
     """
 
     def __init__(self, prompt_lengths, completion_lengths, device="cpu", packs=None):

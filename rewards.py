@@ -9,8 +9,8 @@ Run it alone    python rewards.py [SET or FILE …]     shows problems and a pro
 Where to fork   a way to grade is a branch in `is_correct` and a name in SCORERS; a reward is a
                 file of yours (--reward mine.py), or a branch in `reward` and a name in MODES.
 
-A completion is hostile input. It is searched with linear-time patterns and compared as exact
-decimals; it is never evaluated.
+A completion is hostile input. It is searched with linear-time patterns and compared exactly, as
+a number, or by math-verify in a process with a time limit; it is never evaluated.
 """
 import argparse
 import hashlib
@@ -107,8 +107,8 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
     text, finished: as in `extract_answer`.
     gold: the short answer as text. A gold that is a number is compared as a number, any other one
         as LaTeX. Both are compared exactly: 0.3333 is not 1/3.
-    scorer: "strict" or "flexible", as in `extract_answer`; "math", the flexible one by the name
-        that sets with LaTeX answers are compared by; or "paper", the authors' (`paper_number`).
+    scorer: "strict" or "flexible", as in `extract_answer`; "math", the same as "flexible", the name
+        by which sets with LaTeX answers are reported; or "paper", the authors' (`paper_number`).
     Raises ValueError for an unknown scorer or an empty gold, RuntimeError where math-verify, which
     compares LaTeX, does not start.
     """
@@ -162,8 +162,6 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
         where all real rewards are equal.
     key: for "noise", any value with a stable repr that tells the samples of a group apart, such as
         (seed, step, prompt, sample). Without a key equal texts have equal rewards.
-    best/ follows the validation reward. With advantages divided by the group's std, rewards that
-    differ by a thousandth move as much as right and wrong do.
     Raises ValueError for an unknown mode, and what `is_correct` raises.
     """
     if mode == "correct":

@@ -7,11 +7,12 @@ What it does    `sample_slowly` says what sampling is: one completion after the 
 Not here        the network (model.py), the fast sampler's cache (plumbing/engine.py), what a good
                 completion is (rewards.py).
 Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is that?" -n 4
-Where to fork   `sample` chooses the next token, for both samplers: add min-p or top-k there. Hand
-                a new setting on in `sample_slowly`, `generate` and `sample_answers`, and to these
-                in train.py (`sample`, `validate`) and plumbing/run.py (`try_largest_batch`); a flag
-                is a line in plumbing/settings.py, for evaluate.py in evaluation/settings.py and in
-                the settings that evaluation/answers.py keeps beside answers.
+Where to fork   `sample` chooses the next token, for both samplers: add min-p or top-k there, before
+                CUDA's own way to draw (only with the switch FAST of plumbing/engine.py). Hand a new
+                setting on in `sample_slowly`, `generate` and `sample_answers`, and to these in
+                train.py (`sample`, `validate`) and plumbing/run.py (`try_largest_batch`); a flag is
+                a line in plumbing/settings.py, for evaluate.py in evaluation/settings.py and in the
+                settings that evaluation/answers.py keeps beside answers.
 
 Axis letters: P prompts, G completions per prompt, R rows (completions in flight), N flat tokens,
 M completion tokens among them, T positions, V vocabulary, U uniform numbers for one token.
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from model import SharedPromptAttention
 from plumbing import engine
 from plumbing.engine import sampler_for
-from plumbing.fast_decode import draw_in_chunks
+from plumbing.fast_decode import draw_in_blocks
 from plumbing.settings import check_sampling
 from rewards import build_prompt
 
@@ -208,7 +209,7 @@ def sample(logp_RV, u_RU, temperature, top_p):
     if temperature == 0:
         return logp_RV.argmax(-1)
     if top_p >= SORT_BELOW and logp_RV.is_cuda and engine.FAST:
-        return draw_in_chunks(logp_RV, u_RU, top_p)
+        return draw_in_blocks(logp_RV, u_RU, top_p)
     prob_RV = logp_RV.exp()
     if top_p >= SORT_BELOW:
         return draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)

@@ -1,6 +1,6 @@
 """GR-PSPO: sample → score → advantages → update → log, on one device or several.
 
-What it does    reinforcement learning of a Qwen2.5 model on word problems with the smoothed,
+What it does    reinforcement learning of a language model on word problems with the smoothed,
                 clipped or plain importance ratio, from the first prompt to the best checkpoint.
                 `train` is the loop, `update` all that happens to one rollout.
 Not here        the objective (objectives.py), sampling (rollout.py), the network (model.py), the
@@ -58,7 +58,7 @@ def train(args, folder, stopping=()):
     reference (the start model, only with --beta), optimizer; problems and prompts (their token
     ids), validation (problems); state (counters), step, last (the step to end with), stopped.
     """
-    run = begin(args, folder, stopping)  # anew, or where --resume finds it; completes args.device
+    run = begin(args, folder, stopping)  # anew, or where --resume finds it; completes args
     with explained(run, args):
         if run.validating and not run.resumed:  # step 0: how good is the model we start from?
             record(run, args, 0, validate(run, args))

@@ -1,9 +1,9 @@
 """How sure: intervals of a share, a mean or a difference, and tests of paired differences.
 
 What it does    turns lists of numbers, one a problem or one a run, into 95 % intervals and p's.
-Not here        what the numbers are, and which of them are paired (evaluate.py).
+Not here        what the numbers are, and which of them are paired (summaries.py).
 Run it alone    python -m evaluation.intervals        shows what each says of the same small example
-Where to fork   evaluate.py asks `interval_of` and `verdict`: change there what counts as shown.
+Where to fork   summaries.py asks `interval_of` and `verdict`: change there what counts as shown.
 """
 import math
 import statistics

@@ -11,7 +11,7 @@ import re
 import sys
 from decimal import Decimal
 
-from rewards import INSTRUCTION
+from rewards import INSTRUCTION, MARK, answer_line
 
 STYLE = {  # measure of one answer: (heading, format); docs/evaluate.md defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
@@ -48,8 +48,11 @@ def style(text):
 
 
 def after_answer(text):
-    """What follows the first `####` line."""
-    return text.partition("####")[2].partition("\n")[2]
+    """What follows the `####` line with the answer; where there is none, the first one."""
+    answer = answer_line(text, "number")
+    lines = [text[mark.end():].partition("\n") for mark in MARK.finditer(text)]
+    behind = [rest for line, _, rest in lines if line.strip() == answer or not answer]
+    return behind[0] if behind else ""
 
 
 def stands_alone(match):

@@ -3,7 +3,8 @@
 What it does    `full_summary` is a row of the table of results; `compare` says whether two sides
                 differ by one measure, `compare_all` by every measure of every set.
 Not here        intervals and tests (evaluation/intervals.py), tables (evaluation/tables.py).
-Where to fork   a measure is a key of the rows; `full_summary` and `compare` take any.
+Where to fork   a measure is a key of the rows, listed in STYLE (and here in YES_OR_NO if it is true
+                or false of an answer); `compare` takes any key.
 """
 import statistics
 
@@ -45,7 +46,8 @@ def by_problem(rows, key):
 def majority(rows):
     """Whether a problem's most frequent answer is right; of equally frequent ones the first counts.
 
-    All right answers count as the same one, however they are written: 0.5 and 1/2 are two votes.
+    All right answers count as the same one, however they are written: 0.5 and 1/2 are two votes
+    for it.
     """
     answers = [True if row["flexible"] else row["answer"] for row in rows
                if row["flexible"] or row["answer"] is not None]

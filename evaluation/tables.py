@@ -1,7 +1,7 @@
 """Tables of an evaluation, in Markdown.
 
 What it does    formats what evaluate.py summarised and compared; each function is a table.
-Not here        the numbers: evaluate.py and intervals.py.
+Not here        the numbers: summaries.py and intervals.py.
 Where to fork   a column is an entry {heading: (key of a row, format)}.
 """
 from evaluation.intervals import LEAST_P

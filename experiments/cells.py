@@ -56,7 +56,7 @@ NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
 EPOCHS, TIMES = (1, 2, 4, 8, 16), (1, 3, 10)  # of the grid: passes over a rollout, rate ×
 FIFTH = 5  # "on the way" is at the end of the first of so many parts of a run
 SMOLLM2 = "--model smollm2 --validate-every 4"  # 4: a fifth of its steps
-SMOLLM2_RATES = (2e-6, 1e-5)  # of the grid, beside its own
+SMOLLM2_RATES = (5e-6, 1e-5)  # of the grid, beside its own
 AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, rate ×
 
 

@@ -85,7 +85,7 @@ class CachedAttention:
         self.row_S[seat_R[row_n]] = row_n
 
     def look_at(self, seat_R, t_R, n_own):
-        """Before each step: t_R tokens of each row are cached, n_own is more than any of them."""
+        """Before each step: t_R tokens of a row are cached; n_own is more than a running row's."""
         self.t_R, self.n_own = t_R, n_own
         self.row_R = torch.arange(len(t_R), device=t_R.device)
         K, G, P = self.own_k[0].shape[1], self.G, self.n_prompts
@@ -219,8 +219,10 @@ class Sampler:
                  n_draws, choose):
         self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
         self.temperature = choose.keywords["temperature"] or 1.0  # 0 is greedy
-        fast = (FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
-                and fast_works(model, CachedAttention))
+        global FAST
+        fast = FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
+        if fast and not fast_works(model, CachedAttention):
+            fast = FAST = False  # rollout.sample asks, too
         self.attention = (FlashCache if fast else CachedAttention)(
             model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens)
         self.forward = partial(decode, model) if fast else model

@@ -4,11 +4,12 @@ What it does    `FlashCache` attends with two kernels a layer (FlashAttention-2,
                 one for the keys of the prompts, each read once for its whole group, one for the
                 rows' own; their results are weighed by their log-sum-exps. `decode` is the model's
                 forward for one token of each row; what lies between two matrix products is one
-                compiled function. `draw_in_chunks` draws tokens in two passes over the vocabulary.
+                compiled function. `draw_in_blocks` draws tokens in few passes over the vocabulary.
 Not here        the plain step, which runs everywhere else and where `fast_works` finds that the
                 two differ: engine.CachedAttention and model.Qwen2.forward.
 
-Axis letters as in engine.py; E the width of queries, keys and values together, C chunks.
+Axis letters as in engine.py; E the width of queries, keys and values together; the vocabulary is
+B blocks of X tokens.
 """
 import sys
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from model import rotary_table, rotate
 from plumbing.packed import flash_attention
 
-CHUNK = 1024  # chosen: tokens of the vocabulary whose probabilities are added up together
+BLOCK = 1024  # chosen: tokens of the vocabulary whose probabilities are added up together
 LARGEST_DIFFERENCE = 0.05  # chosen, of hidden states beside their norm: bf16 rounds to 0.004
 
 
@@ -122,7 +123,7 @@ class FlashCache:
         self.row_S[seat_R[row_n]] = row_n
 
     def look_at(self, seat_R, t_R, n_own):
-        """Before each step: t_R tokens of each row are cached, n_own is more than any of them."""
+        """As engine.CachedAttention."""
         def ends(n, length):
             return torch.arange(n + 1, dtype=torch.int32, device=t_R.device) * length
         R, P, h, G = len(t_R), self.n_prompts, self.h, self.G
@@ -139,9 +140,9 @@ class FlashCache:
         q_ShKD = q_RhKD.index_select(0, self.row_S[:self.n_prompts * self.G])
 
         def flash(q, k, v, sizes, n_keys):
-            whole_head = 0.0, False, False  # no dropout, not causal, no mask wanted
+            no_dropout, not_causal, no_mask_back = 0.0, False, False
             out, lse = flash_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *sizes,
-                                       *whole_head, seqused_k=n_keys)[:2]
+                                       no_dropout, not_causal, no_mask_back, seqused_k=n_keys)[:2]
             return out.view(q.shape), lse.view(K, -1, h)
         own = flash(q_RhKD, self.own_k[number], self.own_v[number], *self.own)
         prompt = flash(q_ShKD, self.prompt_k[number], self.prompt_v[number], *self.prompts)
@@ -167,27 +168,27 @@ class FlashCache:
 # ------------------------------------------------------------------ drawing a token
 
 @compiled
-def draw_in_chunks(logp_RV, u_RU, top_p):
+def draw_in_blocks(logp_RV, u_RU, top_p):
     """As rollout.draw: of U draws of each row the first inside the nucleus, else the likeliest
-    token. The sums are of chunks first, so that rounding can tip a draw."""
+    token. The sums are of blocks first, so that rounding can tip a draw."""
     R, V = logp_RV.shape
-    prob_RCX = F.pad(logp_RV.exp(), (0, -V % CHUNK)).view(R, -1, CHUNK)
-    mass_RC = prob_RCX.sum(-1)
-    cdf_RC = mass_RC.cumsum(-1)
-    total_R1 = cdf_RC[:, -1:]
+    prob_RBX = F.pad(logp_RV.exp(), (0, -V % BLOCK)).view(R, -1, BLOCK)
+    mass_RB = prob_RBX.sum(-1)
+    cdf_RB = mass_RB.cumsum(-1)
+    total_R1 = cdf_RB[:, -1:]
     target_RU = torch.minimum(u_RU * total_R1, total_R1.nextafter(total_R1 * 0))
-    chunk_RU = torch.searchsorted(cdf_RC, target_RU, right=True)
-    rest_RU = target_RU - (cdf_RC.gather(1, chunk_RU) - mass_RC.gather(1, chunk_RU))
-    inner_RUX = prob_RCX.gather(1, chunk_RU[..., None].expand(-1, -1, CHUNK)).cumsum(-1)
-    # rounding may put the rest beyond the chunk's last token that has probability
+    block_RU = torch.searchsorted(cdf_RB, target_RU, right=True)
+    rest_RU = target_RU - (cdf_RB.gather(1, block_RU) - mass_RB.gather(1, block_RU))
+    inner_RUX = prob_RBX.gather(1, block_RU[..., None].expand(-1, -1, BLOCK)).cumsum(-1)
+    # rounding may put the rest beyond the block's last token that has probability
     last_RU1 = inner_RUX[..., -1:]
     rest_RU1 = torch.minimum(rest_RU[..., None], last_RU1.nextafter(last_RU1 * 0)).clamp(min=0)
-    token_RU = chunk_RU * CHUNK + torch.searchsorted(inner_RUX, rest_RU1, right=True).squeeze(-1)
+    token_RU = block_RU * BLOCK + torch.searchsorted(inner_RUX, rest_RU1, right=True).squeeze(-1)
     if top_p >= 1:
         return token_RU[:, 0]
     own_RU = logp_RV.gather(1, token_RU).exp()
     likelier_RU = torch.stack([
-        torch.where(prob_RCX > own_RU[:, u, None, None], prob_RCX, 0).sum(-1).sum(-1)
+        torch.where(prob_RBX > own_RU[:, u, None, None], prob_RBX, 0).sum(-1).sum(-1)
         for u in range(u_RU.shape[1])], 1)
     inside_RU = likelier_RU < top_p
     first_R1 = inside_RU.byte().argmax(1, keepdim=True)
@@ -199,16 +200,16 @@ def draw_in_chunks(logp_RV, u_RU, top_p):
 
 def fast_works(model, plain_cache):
     """Whether `decode` gives what the model gives with plain_cache, engine.CachedAttention: the
-    same hidden states for three tokens of four rows, one prompt of which is a single token."""
+    same hidden states for three tokens of four rows on two prompts, one of a single token."""
     lengths, G, longest, device = [21, 1], 2, 21, model.device
     seat_R, row_R = (torch.arange(4, device=device) for _ in range(2))
-    stored = [[torch.randn(2, plain.shape[1], longest, plain.shape[3], device=device,
-                           dtype=model.compute_dtype) for _ in model.model["layers"]]
-              for plain in plain_cache(model, 1, 1, 1, 1, 1).own_v[:1] * 2]
+    K, D = model.config["num_key_value_heads"], model.config["head_dim"]
+    keys, values = ([torch.randn(2, K, longest, D, device=device, dtype=model.compute_dtype)
+                     for _ in model.model["layers"]] for _ in range(2))
     caches = [cache(model, 4, 2, G, longest, 4) for cache in (plain_cache, FlashCache)]
     try:
         for cache in caches:
-            cache.store_prompts(row_R[:2], torch.tensor(lengths, device=device), *stored)
+            cache.store_prompts(row_R[:2], torch.tensor(lengths, device=device), keys, values)
             cache.seat(seat_R, row_R)
         for t in range(3):
             t_R, ids_R = torch.full_like(row_R, t), row_R + t

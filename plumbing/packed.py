@@ -1,4 +1,4 @@
-"""Attention of training by a kernel of CUDA that takes sequences end to end: nothing is padded.
+"""Attention of training and prefill by a kernel of CUDA that takes sequences end to end, unpadded.
 
 What it does    `PackedSequences` gives what the PaddedSequences of model.py give, in bf16, by
                 FlashAttention-2 (arXiv:2307.08691). `packed_works` compares the two, with their
@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-# The public varlen_attn takes grouped heads from torch 2.12 on.
+# torch's own name for it: the public varlen_attn takes grouped heads from torch 2.12 on only.
 flash_attention = torch.ops.aten._flash_attention_forward
 LARGEST_DIFFERENCE = 0.1  # chosen: bf16 rounds what is near 4, the largest here, to 0.016
 
@@ -50,8 +50,8 @@ def runs_on(device):
 
 @cache
 def packed_works(plain, device):
-    """Whether packed attention equals plain, the class model.SharedPromptAttention, without it, on
-    this device."""
+    """Whether packed attention gives what padded attention gives on this device. plain: the class
+    model.SharedPromptAttention, handed in since model.py imports this file."""
     if not runs_on(device):
         return False
     results = []

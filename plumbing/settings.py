@@ -36,7 +36,7 @@ PRESETS = {
         validation_samples=2, validate_every=5, checkpoint_every=20, test_problems=200),
     "smollm2": dict(
         data="onestep", prompts_per_step=8, group_size=8, minibatches=2, temperature=0.8, top_p=1.0,
-        max_new_tokens=64, steps=20, learning_rate=5e-6, warmup_steps=4, validation_problems=50,
+        max_new_tokens=48, steps=20, learning_rate=2e-5, warmup_steps=4, validation_problems=50,
         validation_samples=1, validate_every=5, checkpoint_every=10, test_problems=200)}
 
 # What --resume may change, since it changes results by rounding at most

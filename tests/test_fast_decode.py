@@ -6,7 +6,7 @@ from test_model import SHAPES, theirs
 from model import Qwen2
 from plumbing import engine, fast_decode
 from plumbing.engine import CachedAttention, Sampler
-from plumbing.fast_decode import FlashCache, decode, draw_in_chunks, fast_works
+from plumbing.fast_decode import FlashCache, decode, draw_in_blocks, fast_works
 from rollout import draw, generate, uniforms_for
 
 
@@ -73,22 +73,22 @@ def test_a_step_that_errs_is_not_used_and_the_run_says_so(kernel, monkeypatch, c
 
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.9])
 @pytest.mark.parametrize("V", [97, 1024, 3001])
-def test_drawing_in_chunks_is_drawing(top_p, V):
+def test_drawing_in_blocks_is_drawing(top_p, V):
     generator = torch.Generator().manual_seed(V)
     logp_RV = (3 * torch.randn(500, V, generator=generator)).log_softmax(-1)
     key_R, none_R = torch.arange(500), torch.zeros(500, dtype=torch.int64)
     u_RU = uniforms_for(0, 0, key_R, none_R, 1, top_p)[:, 0]
     prob_RV = logp_RV.exp()
     expected = draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)
-    same = (draw_in_chunks(logp_RV, u_RU, top_p) == expected).double().mean()
+    same = (draw_in_blocks(logp_RV, u_RU, top_p) == expected).double().mean()
     assert same > 0.99  # where a sum rounds another way, u falls on the token beside
 
 
-def test_drawing_in_chunks_never_takes_a_token_without_probability():
+def test_drawing_in_blocks_never_takes_a_token_without_probability():
     logp_RV = torch.full((4, 2500), -torch.inf)
     logp_RV[0, 3], logp_RV[1, 1024], logp_RV[2, 2499] = 0, 0, 0
     logp_RV[3, [1023, 2048]] = -0.6931472
     for u in (0.0, 0.25, 0.5, 1 - 2**-24):
-        token_R = draw_in_chunks(logp_RV, torch.full((4, 1), u), 1.0)
+        token_R = draw_in_blocks(logp_RV, torch.full((4, 1), u), 1.0)
         assert logp_RV.gather(1, token_R[:, None]).isfinite().all(), (u, token_R)
         assert token_R[3] == (1023 if u < 0.5 else 2048)
