@@ -21,10 +21,11 @@ from decimal import Decimal
 from tqdm import tqdm
 
 from plumbing.chat import chat_ids, chat_text
-from plumbing.latex import LONGEST_LATEX, bare, compare_latex, last_box
+from plumbing.latex import LONGEST_LATEX, around_last_box, bare, compare_latex, last_box
 from plumbing.number import (
     LONGEST,
     as_text,
+    boxed_number,
     gold_number,
     last_number,
     last_phrase,
@@ -70,13 +71,17 @@ def build_prompt(tokenizer, problem):
 
 MARK = re.compile("#{4,}")
 WORDS = re.compile(r"(?:[^\W\d_]\w+(?!\w)|[\s.,:;!?*'\"()-])+")  # a word may hold digits: H5
-THOUGHT = "</think>"  # what stands before it is no answer
+THOUGHT = re.compile(r"</think(?:ing)?>")  # what stands before it is no answer
+THINKING = re.compile(r"<think(?:ing)?>")  # nor what stands behind it, while it is open
 # `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are Markdown's headings, no answers.
 HEADING = re.compile(r"""[*_\s]*(?:
     \(?(?:[0-9]{1,3}|[a-z]|[ivx]+)\\?(?:[.)][.):*_]*\s+|、)\S | [0-9]+:\s*[^\W\d]
   | [0-9]{1,2}\ (?-i:[A-Z])[a-z]+\ (?:the|all|how|up|out|each|both|what|our)\b
-  | (?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day)
+  | [a-z][^\n]*:[*_\s]*$
+  | (?:step|part|case|question|problem|stage|phase|method|option|section|example|solution|day|week
+      |month|year|round|scenario|item|equation|person)
     s?\b[*_\s]*\#?(?:[0-9]|[ivx]+\b|[a-z]\b|one\b|two\b|three\b))""", re.VERBOSE | re.IGNORECASE)
+NAME = r"\s*[A-Za-z]\w*\s*(?:\(\s*[A-Za-z]\s*\))?\s*"  # x, f(x): what an equation says the value of
 PAPER_FORMAT = re.compile(r"####\s*[0-9]+[^\n]+")  # the authors': "#### 15" has it, "#### 5" not
 
 
@@ -129,7 +134,11 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
     right, answer = read_number(gold, letters=False), read_number(latex)
     if right and answer:  # exactly, and as mixed numbers: math-verify takes 2 2/3 for 4/3
         return same_number(answer, right)
-    return compare_latex(bare(gold), latex) == "same"
+    # of 3\\pi = 2\\pi math-verify reads the right side: every side but a name must be right
+    first, *others = [latex] if "=" in gold else re.split(r"(?<![<>!])=", latex)
+    sides = others if others and re.fullmatch(NAME, first) else [first, *others]
+    return len(sides) < 5 and all(compare_latex(bare(gold), side.strip()) == "same"
+                                  for side in sides)
 
 
 def has_format(text, gold, *, finished=True):
@@ -138,7 +147,7 @@ def has_format(text, gold, *, finished=True):
     The completion finished, its only `####` line is its last line, and that line holds an answer:
     a number if the gold is a number, else LaTeX. "#### 5" has the form, "#### 5\\nReally" has not.
     """
-    text = text.rpartition(THOUGHT)[2]
+    text = spoken(text)
     marks = list(MARK.finditer(text))
     if not finished or len(marks) != 1 or "\n" in text[marks[0].end():].strip():
         return False
@@ -181,6 +190,11 @@ def reward(text, gold, finished=True, mode="correct", *, key=None):
 
 # ---------------------------------------------------------------------------------- where it stands
 
+def spoken(text):
+    """What a completion says when it has thought: "18" of "<think>7?</think>18"."""
+    return THINKING.split(THOUGHT.split(text)[-1], maxsplit=1)[0]
+
+
 def answer_line(text, kind, finished=True):
     """The first `####` line that is complete and no heading; "" without one.
 
@@ -202,22 +216,20 @@ def answer_line(text, kind, finished=True):
 
 def number_answer(text, scorer, finished=True):
     """The Number that a completion answers with, or None."""
-    text = text.rpartition(THOUGHT)[2]
+    text = spoken(text)
     line = answer_line(text, "number", finished)
     number = read_number(line)
     if number or scorer == "strict" or not finished:
         return number
-    box = None if line else last_box(text)
-    if not line and box is None:
-        return last_number(text)
-    answer = line or box
-    return read_number(answer) or read_number(
-        last_phrase(plain(answer[:LONGEST]), to_end=True) or "")
+    if line:
+        return read_number(last_phrase(plain(line), to_end=True) or "")
+    box = around_last_box(text)
+    return boxed_number(*box) if box else last_number(text)
 
 
 def latex_answer(text, scorer, finished=True):
     """The LaTeX that a completion answers with, without its wrapping, or None."""
-    text = text.rpartition(THOUGHT)[2]
+    text = spoken(text)
     answer = bare(answer_line(text, "latex", finished))
     if not answer and scorer != "strict" and finished:
         dollars = text.replace(r"\$", "").replace("$$", "$").rsplit("$", 2)

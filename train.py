@@ -128,7 +128,8 @@ def score(rollout, problems, tokenizer, args, step):
         except Exception as e:
             raise GradingError(f"grading raised {e!r} on {about}") from e
         if not (isinstance(row["reward"], (int, float)) and math.isfinite(row["reward"])):
-            raise GradingError(f"the reward is {row['reward']!r:.80} for {about}")
+            raise GradingError(f"the reward is {row['reward']!r:.80}, expected a finite number, "
+                               f"for {about}")
     groups = [rows[first:first + G] for first in range(0, len(rows), G)]
     return parallel.interleave(parallel.gather(groups))
 

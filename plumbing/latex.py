@@ -92,14 +92,28 @@ def braced(text, start):
 
 def last_box(text):
     """What stands in the last \\boxed{} of a text, or None without one."""
+    parts = around_last_box(text)
+    return parts[1] if parts else None
+
+
+def around_last_box(text):
+    """What stands on the line of the last \\boxed{}, as (before, inside, behind), or None."""
     last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     box = BOX.match(text, last) if last >= 0 else None
-    return braced(text, box.end()).strip() if box else None
+    if not box:
+        return None
+    inside = braced(text, box.end())
+    before = text[text.rfind("\n", 0, last) + 1:last]
+    behind = text[box.end() + len(inside) + 2:][:LONGEST_BOXED].partition("\n")[0]
+    return before, inside.strip(), behind
 
 
 def bare(latex):
     """LaTeX without the dollars, \\boxed{}, Markdown and full stop around it, in ASCII notation."""
-    latex = spelled(latex[:LONGEST_BOXED]).replace(r"\degree", r"^{\circ}")
+    latex = spelled(latex[:LONGEST_BOXED]).replace(r"\degree", r"^{\circ}").replace("{,}", ",")
+    if not re.search(r"[(\[]|\\\{", latex):  # 1,000\pi; but (1,000) may be a pair
+        latex = re.sub(r"(?<![0-9,.])([1-9][0-9]{0,2})((?:,[0-9]{3})+)(?![0-9,])",
+                       lambda m: m[1] + m[2].replace(",", ""), latex)
     latex = latex.replace(r"\$", "").replace("$", "").strip(" \n*")
     if latex.endswith(".") and not latex.endswith(".."):
         latex = latex[:-1].rstrip(" \n*")

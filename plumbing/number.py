@@ -43,6 +43,7 @@ class Number(NamedTuple):
 # ---------------------------------------------------------------------------------- one spelling
 
 LAYOUT = [(re.compile(pattern), usual) for pattern, usual in [
+    (r"(?<=[A-Za-z])(?=\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf))\s*\{)", " "),  # \circ\text{C}
     (r"\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|operatorname|emph|underline)\s*\{([^{}]*)\}",
      r"\1"),
     (r",\\!\s", ","),
@@ -112,15 +113,19 @@ UNITS = ("km cm mm nm kg kgs mg ml cl dl cc ft in yd yds mi lb lbs oz hr hrs min
 SHORT = "of to or be do go at on is it we he an as so by my us up if per dvds? cds? tvs?"
 # Words of mathematics and of numbers: 5 pi, 5 squared, 5 dozen, 5 hundred thousand.
 BEYOND = ("pi sin cos tan cot csc ln log exp sqrt root mod squared cubed factorial choose plus "
-          "minus infinity alpha beta gamma delta theta lambda sigma omega phi psi rho tau mu nu "
-          "abc xyz uvw half halves quarter dozens? hundreds? thousands? lakhs? crores? "
-          r"\w*illions? \w*illion(?:en|es) mil mille mio mln mrd tausend grand gross score myriad "
+          "minus inf infinity alpha beta gamma delta theta lambda sigma omega phi psi rho tau mu "
+          "nu abc xyz uvw half halves quarter dozens? hundreds? thousands? lakhs? crores? "
+          r"\w*illions? \w*illi?[oó]n(?:en|es) mil mille mio mln mrd tausend grand gross score "
+          r"myriad bil trill lacs? doz mega giga kilo permille milh\w+ milliard\w* miljo\w* milyon "
+          r"juta ribu duizend tusen tys\w* doubled tripled halved itself remainder zero negative "
           r"тыс млн млрд тысяч\w* миллион\w* "
           "(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
           r"\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?!-(?:dollar|cent|pound|day))")
 # Shares, right behind a number: 3 thirds, 1 third of it; but 5 (third graders) are five.
-SHARES = (r"quarters\s+of (?:third|(?:four|fif|six|seven|eigh|nin|ten|\w+d)th)s "
-          r"(?:third|(?:four|fif|six|seven|eigh|nin|ten|\w+d)th)(?!\ grade)")
+ORDINAL = ("(?:third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|"
+           "(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie|hundred|thousand|"
+           "[mbt]r?illion)th)")
+SHARES = rf"quarters\s+of {ORDINAL}s {ORDINAL}(?![\s-]grade)"
 
 
 def any_of(words):
@@ -134,7 +139,8 @@ WORD = rf"""(?!{any_of(BEYOND)})(?:
       | [Ѐ-ԯ]{{2,}} | (?:[A-Z]\.){{2,}} | [A-Z]{{2,4}}s?(?=\ [a-z]{{3}})      # руб, U.S., DS games
       | [ap]\.\ ?m | [{LATIN}]{{1,2}}(?=-(?!{any_of(BEYOND)})[a-z]{{3}})      # p.m., t-shirts
     )(?:['-][{LATIN}]+)*\.?{CARET}"""
-LETTER_UNIT = rf"[mgLlhsмгс](?![{LATIN}'])(?!\s[A-Za-z](?![A-Za-z])){EXPONENT}"  # not in m h g
+LETTER_UNIT = (rf"[mgLlhsмгс](?![{LATIN}'])(?!\s[A-Za-z](?![A-Za-z])){EXPONENT}"  # not in m h g
+               r"(?!\s(?i:dollar|euro|pound))")
 # What may stand right behind the digits, and what must not.
 BEHIND = re.compile(rf"""
     (?!\s?(?:{any_of(SHARES)} | [十百万萬亿億만억多余餘几幾成折又] | 千(?![米克瓦])))
@@ -159,6 +165,7 @@ def is_unit(text, at):
 
 # ---------------------------------------------------------------------------------- reading
 
+TAGS = re.compile(r"\A\s*<([^<>]*)>\s*\Z|</?(?:number|answer)>")  # the prompt shows "#### <number>"
 ONE = Decimal(1)
 
 
@@ -217,6 +224,7 @@ def read_number(text, letters=True):
     """
     if len(text) > LONGEST or not DIGIT.search(text):
         return None
+    text = TAGS.sub(lambda m: m[1] or "", text)
     text = plain(text).replace("\n", " ")
     formula = text.rstrip(" .*").endswith("$")
     text = text.rstrip(CLOSE)
@@ -236,7 +244,11 @@ def read_number(text, letters=True):
         return None
     percent = PERCENT.match(text, at)
     in_brackets = re.search(r"(?<!\\)[(\[]", head[0])  # (1,234) is a pair, an interval or a number
-    if (head["sign"] and head["sign2"] or in_brackets and "," in text[:at]
+    two_ways = found and (found["over"] and not found["whole"]
+                          or re.search(r"[*^xX]", found["product"] or ""))  # 20/5% is 4% or 400
+    if (head["sign"] and head["sign2"]
+            or in_brackets and "," in re.split(r"[)\]]", text, maxsplit=1)[0]
+            or percent and two_ways
             or not is_unit(text, percent.end() if percent else at)):
         return None
     negative = (head["sign"] or head["sign2"] or "+")[0] in "-nNmM"  # -, negative, minus
@@ -269,7 +281,8 @@ def as_text(number):
 # ---------------------------------------------------------------------------------- the last number
 
 # These join two numbers: neither of 3 and 4, 3 to 4, 12 divided by 4 is read.
-JOINT = re.compile("and|or|plus|minus|times|over|to|by|divided|multiplied", re.IGNORECASE)
+JOINT = re.compile("and|or|plus|minus|times|over|to|by|divided|multiplied|of|out|in|for|less|than|"
+                   "per|remainder", re.IGNORECASE)
 TOKEN = re.compile(rf"""
     (?P<end>[;] | (?<![.A-Z])[.?](?=\s|$) | ,(?=\s*[^\W\d_]) | (?<=[^\W\d_]),  # not of 3, 5
       | (?<!\s):(?=\s|$) | (?<=[^\d\s]): | \|(?=\s|$) | (?<=\s)\| | —(?!\d)
@@ -354,6 +367,39 @@ def last_number(text):
             return read_number(phrase)
         digit = DIGIT.search(backwards, len(text) - begin)
     return None
+
+
+# What may stand before a box: nothing, words, =, a bracket, Markdown, and a minus sign behind =.
+BEFORE_BOX = re.compile(r"(?:(?:^|[=($:])\s*(?P<minus>-)|(?:^|[\s=:($\[>]|[^\x00-\x7f]))$")
+MATHEMATICS = re.compile(r"(?:[-+*/^_]|\\[A-Za-z]+)$")  # 2 + \boxed{3}
+# What may stand behind it: the end, of a sentence too, other words in brackets, another number.
+BEHIND_BOX = re.compile(r"\s*(?:[.,;:!?=|—(\[]|\\[\])]|\\(?:black)?square|$)|\s+[0-9$]")
+
+
+def boxed_number(before, box, behind):
+    r"""The Number in a box, with what stands on its line: -18, 80,000 and 2,000,000 of -\boxed{18},
+    \boxed{80}k and \boxed{2} million; None of 2\boxed{5} and \boxed{5}x."""
+    before, behind = plain(before[-LONGEST:]), plain(behind[:LONGEST])
+    before = re.sub(r"(?:(?:\\(?:text|math)[a-z]*\s*)?\{)+$|(?<!\S)[*_]+$", "", before)  # **18
+    start = BEFORE_BOX.search(before)
+    if not start or not start["minus"] and MATHEMATICS.search(before.rstrip("\\([ ")):
+        return None
+    behind = re.sub(r"^(?:\s*[})\]$])*[*_]*(?=[\s.,;:!?]|$)", "", behind)
+    number = read_number(box) or read_number(last_phrase(plain(box[:LONGEST]), to_end=True) or "")
+    if re.match(r"\s*[-+*/]", behind):
+        return None
+    if number and not BEHIND_BOX.match(behind):
+        found = re.match(r"(\s*\S+)(\s+[A-Za-z]\S*)?", behind)
+        for words in (found[1], found[0]):
+            if read_number("7" + words) == (7, 1, False):  # a unit, or a word: it changes nothing
+                break
+            if scaled_number := read_number(box + words):
+                number = scaled_number
+                break
+        else:
+            return None
+    negative = number and start["minus"]
+    return number._replace(top=-number.top) if negative else number
 
 
 # ---------------------------------------------------------------------------------- the authors'

@@ -412,6 +412,8 @@ def explained(run, args):
 
 def in_words(e, args):
     """What to tell the user of an exception within a step; None where its traceback says more."""
+    if isinstance(e, GradingError) and args.reward.endswith(".py"):
+        return f"{e} (a run keeps its --reward: with a mended file begin another --name)"
     if isinstance(e, (FloatingPointError, GradingError, OSError)):
         return str(e)
     if is_out_of_memory(e):

@@ -147,3 +147,51 @@ def test_number_golds_are_paid_in_harmless_spellings_and_never_with_mathematics_
     print(counts, f"{time.monotonic() - begun:.0f} s")
     assert counts["suffixes"] >= 30 and counts["golds"] > 900, counts
     assert counts["paid"] == counts["missed"] == 0, done.stdout[:6000]
+
+
+# ------------------------------------------------------------------ what a first adversary found
+
+BOXES = {  # completions without a #### line: the gold that flexible takes, None for none
+    "x = -\\boxed{18}": "-18", "\\boxed{1.5} million": "1500000", "\\boxed{80}k": "80000",
+    "\\boxed{18}\\text{ million}": "18000000", "\\boxed{3}\\frac{1}{2}": "7/2",
+    "\\boxed{18} dozen": "216", "$$\\boxed{18}$$": "18", "**\\boxed{18}**": "18",
+    "\\(\\boxed{18}\\).": "18", "The answer is \\boxed{18} eggs.": "18", "\\boxed{18}^2": "324",
+    "\\boxed{18}\\text{ cm}": "18", "\\boxed{18}\\%": "18%", "\\boxed{18} \\blacksquare": "18",
+    "\\textbf{\\boxed{18}}": "18", "\\boxed{\\boxed{18}}": "18", "答案是\\boxed{18}。": "18",
+    "\\boxed{18} a day": "18", "(\\boxed{18})": "18", "\\boxed{18} is 9 + 9": "18",
+    **dict.fromkeys((
+        "$\\boxed{18}\\pi$", "\\boxed{18}\\sqrt{2}", "\\boxed{18} \\times 10^3", "\\boxed{18}x",
+        "2\\boxed{18}", "\\frac{\\boxed{18}}{2}", "2 + \\boxed{18}", "\\sqrt{\\boxed{18}}",
+        "\\boxed{18} - 5", "x^\\boxed{18}", "cost -\\boxed{18}"))}
+
+
+@pytest.mark.parametrize("text", BOXES)
+def test_what_stands_around_a_box_belongs_to_it(text):
+    found = extract_answer(text)
+    assert found == BOXES[text]
+    assert found in ("18", "18%") or not is_correct(text, "18")
+
+
+LINES = {  # what stands on the #### line: (gold, right)
+    "200 * 15%": ("3000", False), "18*5%": ("0.9", False), "20/5%": ("4", False),
+    "2 1/2%": ("2.5", True), "(18, inf)": ("18", False), "5 twelfths": ("5", False),
+    "3 third graders": ("3", True), "18 bil": ("18", False), "18 doubled": ("18", False),
+    "25% of 80": ("80", False), "1 out of 18": ("18", False), "2 for $9": ("9", False),
+    "25^\\circ\\text{C}": ("25", True), "<number>18</number>": ("18", True), "<18>": ("18", True),
+    "3\\pi = 2\\pi": ("2\\pi", False), "x = 2\\pi": ("2\\pi", True),
+    "\\sqrt{12} = 2\\sqrt{3}": ("2\\sqrt{3}", True), "1,000\\pi": ("1000\\pi", True),
+    "1,000\\pi ": ("(1,0)", False)}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_that_were_once_read_wrongly(line):
+    gold, right = LINES[line]
+    assert is_correct("#### " + line, gold) is right
+
+
+@pytest.mark.parametrize("text, right", [
+    ("<think>\n#### 18\nmore", False), ("<thinking>#### 5\n</thinking>\n#### 18", True),
+    ("#### Calculate the total for 3 days:\n9 + 9 = 18\n#### 18", True),
+    ("#### Week 1\n9 + 9 = 18\n#### 18", True)])
+def test_thoughts_and_headings(text, right):
+    assert is_correct(text, "18", "strict") is right and is_correct(text, "18") is right
