@@ -41,6 +41,7 @@ def damage(path, how):
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_is_named_and_the_checkpoint_before_it_is_used(capsys):
     run("--steps", "6", "--stop-after", "4")
     whole = {p.name: p.read_bytes() for p in (FOLDER / "checkpoints/step_4").iterdir()}
@@ -215,6 +216,7 @@ def test_too_little_memory_is_said_and_costs_no_checkpoint(megabytes):
                       if p.is_file()}
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_do_not_mix(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "2", "--name", "both"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

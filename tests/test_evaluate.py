@@ -461,6 +461,7 @@ def test_what_leaves_no_room_or_exists_is_refused(capsys):
 
 # ------------------------------------------------------------------ the four sets, by their names
 
+@pytest.mark.slow
 def test_all_four_sets_are_evaluated_by_their_names(hub, tmp_path):
     command = [sys.executable, str(ROOT / "evaluate.py"), "Qwen/Qwen2.5-0.5B", "--data", "gsm8k",
                "svamp", "asdiv", "math500", "--limit", "2", "--max-new-tokens", "6", "--device",
