@@ -173,9 +173,9 @@ def test_every_number_is_a_reward(expression, value):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("return None", "the reward is None, expected"), ("return '1.0'", "the reward is '1.0', expected"),
-    ("return float('nan')", "the reward is nan, expected"), ("return -1e999", "the reward is -inf, expected"),
-    ("return [1.0]", r"the reward is \[1.0\], expected"), ("return 1j", "the reward is 1j, expected"),
+    ("return None", "the reward is None,"), ("return '1.0'", "the reward is '1.0',"),
+    ("return float('nan')", "the reward is nan,"), ("return -1e999", "the reward is -inf,"),
+    ("return [1.0]", r"the reward is \[1.0\],"), ("return 1j", "the reward is 1j,"),
     ("return 10**400", "grading raised OverflowError"),
     ("return text['x']", r"grading raised TypeError\(.* in mine.py, line 2 on"),
     ("return 1 / 0", r"grading raised ZeroDivisionError\('division by zero'\) in mine.py, line 2"),

@@ -419,7 +419,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("broken, message", [
-    (lambda *_, **__: float("inf"), "the reward is inf, expected a finite number, for tiny/train/.* completion '"),
+    (lambda *_, **__: float("inf"), "the reward is inf, expected a finite number,"
+     " for tiny/train/.* completion '"),
     (lambda *_, **__: 1 / 0, r"grading raised ZeroDivisionError.* on tiny/train/.*completion '")])
 def test_a_reward_that_is_none_is_an_error_with_its_text(monkeypatch, broken, message):
     monkeypatch.setattr(train, "reward", broken)
