@@ -37,7 +37,7 @@ SECTIONS = {
          r"""<think>⏎#### 7⏎</think>⏎#### 18 = 18""",
          r"""<think>7</think> It is 18 = 18""",
          r"""#### 18⏎</think>⏎It is 7 = 18 | <think>#### 18</think> = 18
-             | \boxed{18}</think>none = 18 | #### 18</think> = 18"""),
+             | <think>⏎#### 18⏎and = 18 | \boxed{18}</think>none = 18 | #### 18</think> = 18"""),
         ("without such a line, the last box",
          "",
          r"""Adding up gives \boxed{18} eggs for 7 days. = 18
@@ -46,6 +46,14 @@ SECTIONS = {
              | \boxed{\boxed{18}} 7 = 18""",
          r"""\boxed{2\pi}, so 18 = 18 | \boxed{18} or \boxed{7} = 18 | \boxed{3, 5} = 5
              | \boxed{x} 18 = 18 | \boxed{3 + 4} = 4"""),
+        ("what stands around a box belongs to it",
+         "",
+         r"""\boxed{1.5} million = 1500000 | x = -\boxed{18} = -18 | \boxed{80}k = 80000
+             | \boxed{18} dozen = 216 | \boxed{18}^2 = 324 | \boxed{3}\frac{1}{2} = 3.5
+             | **\boxed{18}** = 18 | The answer is \boxed{18} eggs. = 18 | \boxed{18}\% = 18""",
+         r"""\boxed{18}\pi = 18 | \boxed{18} \times 10^3 = 18 | 2\boxed{18} = 18
+             | \boxed{18}x = 18 | \frac{\boxed{18}}{2} = 18 | 2 + \boxed{18} = 18
+             | \boxed{1.5} million = 1.5"""),
         ("without a box, the last number",
          "",
          r"""first 7, then 18. = 18 | it is 72, = 72 | at 1,234 km/h = 1234
@@ -198,8 +206,9 @@ INTRODUCTION = """\
 | strict | the first `####` line that is no heading: the whole of it is a number, with or without \
 a unit |
 | flexible | that line as a whole, else the last number on it; without such a line the last \
-`\\boxed{}`, \
-read in the same way; without a box the last number. A completion that was cut off has an answer \
+`\\boxed{}` \
+with what stands around it; without a box the last number. \
+A completion that was cut off has an answer \
 only on a `####` line that ends in a newline. The reward is by flexible |
 | math | what flexible reads, under the name by which sets with LaTeX answers are compared |
 | paper | the authors' scorer, for comparison: the first `####` line if it is a number, else the \
@@ -210,15 +219,15 @@ first and later the last). A base model often answers and then writes a next que
 of its own, which the last line would grade; and a policy cannot add a second answer to a first one.
 
 A number is the **whole** of what stands there, less a unit. What can be read in two ways is unread
-and never guessed. Numbers are equal exactly: `0.3333` is not `1/3`. A percent sign is a unit: 50%
-answers 50, and where the gold has no sign it answers 0.5 too. A gold that is a number is compared
-as a number. Any other gold is LaTeX: two numbers are compared as numbers, the rest by math-verify
-to 4,000 decimal places; the answer is the `####` line, else the last box, else the last formula,
-else the last number. `k` in a gold is a thousand in a set of number answers, as in `80k`; in a set
-with LaTeX it is a letter, as in `2k`.
+and never guessed (flexible then takes the last number of the line). Numbers are equal exactly:
+`0.3333` is not `1/3`. A percent sign is a unit: 50% answers 50, and where the gold has no sign it
+answers 0.5 too. A gold that is a number is compared as a number. Any other gold is LaTeX: two
+numbers are compared as numbers, the rest by math-verify to 4,000 decimal places; the answer is the
+`####` line, else the last box, else the last formula, else the last number. `k` in a gold is a
+thousand in a set of number answers, as in `80k`; in a set with LaTeX it is a letter, as in `2k`.
 
 ⏎ is a newline. `python tests/grading_tables.py > docs/scorers.md` makes this page from the tables
-of the tests, where each rule has more examples."""
+of the tests, where each rule has more examples. The second row of a rule is what it refuses."""
 
 
 def examples(text):
