@@ -6,6 +6,7 @@ What it does    samples completions in bf16, computes their log-probs again as t
 Not here        the gap of a run, which its metrics show: `sampler_gap_mean` (docs/metrics.md).
 """
 import argparse
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +70,7 @@ def main():
     batch = flat_batch(prompts, rollout.completions)
     sampled = torch.tensor([x for group in rollout.logps for logps in group for x in logps])
     trained, _ = model.completion_log_probs(batch, T)
-
-    class Micro:
-        pass
-    Micro.batch = batch
-    exact = exact_log_probs(model, Micro, T)
+    exact = exact_log_probs(model, SimpleNamespace(batch=batch), T)
     model.compute_dtype = torch.float32
     plain = log_probs(model, batch, T, ())
     print(f"{len(exact):,} tokens; own forward beside the model's: "
