@@ -10,8 +10,8 @@ SMALL = ["--rounds", "1", "--prompts", "2", "--group-size", "2", "--new-tokens",
          "--threads", "2"]
 
 
-@pytest.mark.parametrize("command", ["update", "step", pytest.param(
-    "memory", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["step", *(
+    pytest.param(command, marks=pytest.mark.slow) for command in ("update", "memory"))])
 def test_a_tiny_round(tmp_path, command):
     small = SMALL + ["--head-tokens", "256"] * (command == "memory")
     done = subprocess.run([sys.executable, "-m", "bench", command, *small, "--out", tmp_path],

@@ -3,6 +3,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -54,6 +55,7 @@ def test_all_of_it_stays_within_three_megabytes():
     assert sum(p.stat().st_size for p in files) < 3e6
 
 
+@pytest.mark.slow
 def test_making_it_is_repeatable_byte_for_byte(tmp_path, monkeypatch):
     # The real recipe takes minutes; three steps of each stage go through the same code.
     monkeypatch.setattr(make, "STAGES", ((3, 3e-3, 0.0), (3, 5e-4, 0.5)))

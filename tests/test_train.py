@@ -618,6 +618,7 @@ def test_a_run_folder_that_exists_is_refused(capsys):
 
 # ---------------------------------------------------------------- the real thing, small
 
+@pytest.mark.slow
 def test_the_default_path_of_qwen_on_gsm8k_through_the_hub(hub, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--model", "Qwen/Qwen2.5-0.5B", "--alpha",
                "0.1", "--steps", "1", "--reward", "noise", "--prompts-per-step", "2",
@@ -650,6 +651,7 @@ assert difference.abs().max() < 1e-5
     print(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_says_what_was_wanted_and_what_to_do(tmp_path):
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     for offline in ("0", "1"):
