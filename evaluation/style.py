@@ -11,13 +11,14 @@ import re
 import sys
 from decimal import Decimal
 
-from rewards import INSTRUCTION, MARK, answer_line
+from rewards import INSTRUCTION, answer_line
 
 STYLE = {  # measure of one answer: (heading, format); docs/evaluate.md defines them
     "leakage": ("leakage", ".1%"), "n_tokens": ("tokens", ".1f"),
     "tokens_after": ("tokens after answer", ".1f"), "repeated": ("repeated 4-grams", ".1%"),
     "non_ascii": ("non-ASCII letters", ".1%"), "arithmetic": ("true arithmetic", ".1%")}
 
+MARKED_LINE = re.compile("#{4,}([^\n]*)\n?")
 ROLE = re.compile(r"<\|\w+\|>|^(?:system|user|human|assistant|q|question|problem)[ \t]*(?::|$)",
                   re.M | re.I)
 OPERAND = r"[$€£]?(-?\d{1,15}(?:,\d{3})*(?:\.\d{1,10})?)"
@@ -50,9 +51,10 @@ def style(text):
 def after_answer(text):
     """What follows the `####` line with the answer; where there is none, the first one."""
     answer = answer_line(text, "number")
-    lines = [text[mark.end():].partition("\n") for mark in MARK.finditer(text)]
-    behind = [rest for line, _, rest in lines if line.strip() == answer or not answer]
-    return behind[0] if behind else ""
+    for line in MARKED_LINE.finditer(text):
+        if not answer or line[1].strip() == answer:
+            return text[line.end():]
+    return ""
 
 
 def stands_alone(match):
