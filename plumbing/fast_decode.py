@@ -11,6 +11,7 @@ Not here        the plain step, which runs everywhere else and where `fast_works
 Axis letters as in engine.py; E the width of queries, keys and values together; the vocabulary is
 B blocks of X tokens.
 """
+import functools
 import sys
 
 import torch
@@ -24,11 +25,12 @@ LARGEST_DIFFERENCE = 0.05  # chosen, of hidden states beside their norm: bf16 ro
 
 
 def compiled(function):
-    """Compiled once for all layers and all numbers of rows, when it first runs on CUDA."""
-    fast = torch.compile(function, dynamic=True)
+    """Compiled once for all layers and all numbers of rows, when it first runs on CUDA: not here,
+    since torch takes 3 s to load its compiler."""
+    fast = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     def either(x, *rest):
-        return (fast if x.is_cuda else function)(x, *rest)
+        return (fast() if x.is_cuda else function)(x, *rest)
     return either
 
 

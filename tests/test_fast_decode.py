@@ -1,4 +1,8 @@
 """The faster decode step of CUDA, on a CPU: its kernel in words, what is compiled run as it is."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from test_model import SHAPES, theirs
@@ -92,3 +96,11 @@ def test_drawing_in_blocks_never_takes_a_token_without_probability():
         token_R = draw_in_blocks(logp_RV, torch.full((4, 1), u), 1.0)
         assert logp_RV.gather(1, token_R[:, None]).isfinite().all(), (u, token_R)
         assert token_R[3] == (1023 if u < 0.5 else 2048)
+
+
+def test_loading_the_project_does_not_load_torchs_compiler():
+    """It takes 3 s, and every command would wait for it."""
+    done = subprocess.run([sys.executable, "-c",
+                           "import sys, train; sys.exit('torch._dynamo' in sys.modules)"],
+                          cwd=Path(fast_decode.__file__).parent.parent)
+    assert done.returncode == 0
