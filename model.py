@@ -364,11 +364,8 @@ class Qwen2(nn.Module):
         if (folder / "generation_config.json").exists():
             model.generation_config = read_json(folder / "generation_config.json")
         model.tokenizer, named, model.tokenizer_files = hub.load_tokenizer(folder)
-        rows = range(config["vocab_size"])
-        real = [i for i in rows if i in named] or rows
-        model.n_real_ids = real[-1] + 1
-        model.nameless_ids = torch.tensor(sorted({*rows[:model.n_real_ids]} - {*real}),
-                                          dtype=torch.int64, device=device)
+        model.n_real_ids, nameless = hub.real_ids(named, config["vocab_size"])
+        model.nameless_ids = torch.tensor(nameless, dtype=torch.int64, device=device)
         model.stop_ids = hub.find_stop_ids(model.tokenizer, config, model.generation_config)
         return model
 

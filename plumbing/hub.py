@@ -229,6 +229,13 @@ def named_ids(tokenizer, files):
     return {i for name, i in tokenizer.get_vocab().items() if name in names}
 
 
+def real_ids(named, n_rows):
+    """Of a head with n_rows: one more than the largest id that a token has, and the ids below it
+    that none has, sorted. Where `named` holds none of the rows, all of them are real."""
+    real = [i for i in range(n_rows) if i in named] or range(n_rows)
+    return real[-1] + 1, sorted({*range(real[-1] + 1)} - {*real})
+
+
 def find_stop_ids(tokenizer, config, generation_config):
     """Every id that ends a completion: eos ids of all three files and the chat's end of turn."""
     ids = set()
