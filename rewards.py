@@ -73,7 +73,8 @@ MARK = re.compile("#{4,}")
 WORDS = re.compile(r"(?:[^\W\d_]\w+(?!\w)|[\s.,:;!?*'\"()-])+")  # a word may hold digits: H5
 THOUGHT = re.compile(r"</think(?:ing)?>")  # what stands before it is no answer
 THINKING = re.compile(r"<think(?:ing)?>")  # nor what stands behind it, while it is open
-# `#### 1. Count the eggs`, `#### 2) Add`, `#### Step 3: …` are Markdown's headings, no answers.
+# Markdown's headings, no answers, a line each: `#### 1. Count the eggs` and `#### 1: Add`;
+# `#### 2 Find the total`; `#### Given:`; `#### Step 3` and `#### Part two`.
 HEADING = re.compile(r"""[*_\s]*(?:
     \(?(?:[0-9]{1,3}|[a-z]|[ivx]+)\\?(?:[.)][.):*_]*\s+|、)\S | [0-9]+:\s*[^\W\d]
   | [0-9]{1,2}\ (?-i:[A-Z])[a-z]+\ (?:the|all|how|up|out|each|both|what|our)\b
@@ -91,8 +92,9 @@ def extract_answer(text, *, scorer="flexible", finished=True, kind="number"):
     text: any string of any length.
     scorer: "strict" reads the first `####` line that is no heading (`#### Step 1: …`), as a whole.
         "flexible" reads that line, too, else the last number on it; without such a line the last
-        \\boxed{}, for kind "latex" else the last $formula$ or \\(formula\\), else the last number.
-        What stands before </think> is not read. docs/scorers.md has an example of every rule.
+        \\boxed{} (a number with what stands around it), for kind "latex" else the last $formula$ or
+        \\(formula\\), else the last number. A thought, <think>…</think>, is not read, nor one that
+        is still open. docs/scorers.md has an example of every rule.
     finished: False for a completion that was cut off. Such a completion has an answer only on a
         `####` line that ends in a newline: a bare `#### 1` may be the start of `#### 18`.
     kind: the kind of the problem, "number" or "latex".
@@ -126,7 +128,7 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
         return None not in (answer, right) and abs(answer - right) <= Decimal("1e-6")
     number = gold_number(gold)
     if number:
-        answer = number_answer(text, "strict" if scorer == "strict" else "flexible", finished)
+        answer = number_answer(text, scorer, finished)
         return answer is not None and same_number(answer, number)
     latex = latex_answer(text, scorer, finished)
     if latex is None:
@@ -134,7 +136,7 @@ def is_correct(text, gold, scorer="flexible", *, finished=True):
     right, answer = read_number(gold, letters=False), read_number(latex)
     if right and answer:  # exactly, and as mixed numbers: math-verify takes 2 2/3 for 4/3
         return same_number(answer, right)
-    # of 3\\pi = 2\\pi math-verify reads the right side: every side but a name must be right
+    # of 3\pi = 2\pi math-verify reads the right side: every side but a name must be right
     first, *others = [latex] if "=" in gold else re.split(r"(?<![<>!])=", latex)
     sides = others if others and re.fullmatch(NAME, first) else [first, *others]
     return len(sides) < 5 and all(compare_latex(bare(gold), side.strip()) == "same"

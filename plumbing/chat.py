@@ -11,7 +11,7 @@ import re
 # Qwen3 thinks aloud first unless told not to; Llama 3's prompt names today's date unless given one.
 TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # Llama 3.2's default
 BREAK = "\ufdd0"  # a noncharacter of Unicode, which no text holds
-# Words that a template finds hard to change: neither cases nor blanks.
+# Words that no template changes: digits have no case, and no blanks to strip.
 SYSTEM, QUESTION, ANSWER, NEXT = "135791357913", "246802468024", "192837465510", "564738291056"
 
 
@@ -39,6 +39,8 @@ def chat_ids(tokenizer, messages):
     """Token ids of `chat_text`, a list of int; <|im_end|> within a message is text, and ends no
     turn.
 
+    Where a message names a special token, a BREAK is set into the name; the text is cut at every
+    BREAK, and the parts are encoded one by one, so that no name is whole.
     The text is encoded here: apply_chat_template(tokenize=True) gives a list in some versions of
     transformers and a dictionary in others. The template writes the special tokens itself.
     """
@@ -54,7 +56,7 @@ def chat_ids(tokenizer, messages):
 
 
 def end_of_turn(tokenizer):
-    """The id that ends the assistant's turn, or None: <|im_end|> of "A<|im_end|>\n<|im_start|>…".
+    r"""The id that ends the assistant's turn, or None: <|im_end|> of "A<|im_end|>\n<|im_start|>…".
 
     It is the first special token between the assistant's words and the next user's, unless this
     token begins a turn. (The last turn says less: some templates leave it open.)

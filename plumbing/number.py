@@ -385,9 +385,9 @@ def boxed_number(before, box, behind):
     if not start or not start["minus"] and MATHEMATICS.search(before.rstrip("\\([ ")):
         return None
     behind = re.sub(r"^(?:\s*[})\]$])*[*_]*(?=[\s.,;:!?]|$)", "", behind)
-    number = read_number(box) or read_number(last_phrase(plain(box[:LONGEST]), to_end=True) or "")
     if re.match(r"\s*[-+*/]", behind):
         return None
+    number = read_number(box) or read_number(last_phrase(plain(box[:LONGEST]), to_end=True) or "")
     if number and not BEHIND_BOX.match(behind):
         found = re.match(r"(\s*\S+)(\s+[A-Za-z]\S*)?", behind)
         for words in (found[1], found[0]):

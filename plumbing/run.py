@@ -4,8 +4,7 @@ What it does    `begin` prepares a model, an optimizer, the problems and the fol
                 the arithmetic of the run before any of it is computed; `record` keeps what a step
                 leaves; `explained` turns errors that a user can mend into one line; `end` tests the
                 best model.
-Not here        what a step does: train.py. What survives a crash:
-                checkpoint.py.
+Not here        what a step does: train.py. What survives a crash: checkpoint.py.
 """
 import hashlib
 import json
