@@ -17,6 +17,7 @@ attention B sequences, T their own tokens, J the tokens they see, h = H/K query 
 """
 import argparse
 import math
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import hub, parallel
+from plumbing.compiled import compiled
 from plumbing.files import read_json
 from plumbing.packed import PackedSequences, packed_works
 
-HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # chosen: the one fp32 (tokens, V) tensor of the
-# chunked head, 110 and 884 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
+HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30}  # chosen: the one fp32 (tokens, V) tensor of the
+# chunked head, 110 and 1,769 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
 # On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (issue 196678
@@ -92,14 +94,19 @@ class MLP(nn.Module):
         self.down_proj = Linear(c["intermediate_size"], c["hidden_size"], bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+@compiled
+def swiglu(x):
+    """silu(gate) · up of both in one tensor: (…, 2I) -> (…, I)."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class Layer(nn.Module):
     """Attention, then MLP, each after a norm and added to the stream. `number` says which layer it
-    is: `attend` finds its cache by it. `before` and `after` attention is all that can be compiled.
-    """
+    is: `attend` finds its cache by it."""
 
     def __init__(self, c):
         super().__init__()
@@ -109,13 +116,8 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rotary, attend, number):
-        return self.after(x, attend(number, *self.before(x, rotary)))
-
-    def before(self, x, rotary):
-        return self.self_attn.queries_keys_values(self.input_layernorm(x), rotary)
-
-    def after(self, x, attended_NHD):
-        x = x + self.self_attn.o_proj(attended_NHD.flatten(1))
+        qkv = self.self_attn.queries_keys_values(self.input_layernorm(x), rotary)
+        x = x + self.self_attn.o_proj(attend(number, *qkv).flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -138,6 +140,7 @@ def rotary_table(positions_N, c, dtype):
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
+@compiled
 def rotate(x, rotary):
     """Rotate each pair (x_i, x_{i+D/2}) of a head by its position's angle (RoPE, 2104.09864)."""
     cos, sin = rotary
@@ -170,7 +173,6 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         self.compute_dtype = torch.float32
         self.checkpoint_activations = False  # keep each layer's input only, compute the rest twice
-        self.compiled = False
         self.n_real_ids = c["vocab_size"]
         self.register_buffer("nameless_ids", torch.empty(0, dtype=torch.int64), persistent=False)
         self.stop_ids, self.generation_config = [], {}
@@ -220,8 +222,8 @@ class Qwen2(nn.Module):
 
     @property
     def n_head_rows(self):
-        """n_real_ids up to the next multiple of 8 (Qwen2.5: 151,665 ids, 151,672 rows): of a matrix
-        of another width bf16 products take twice as long on an H100."""
+        """V of log-probs: n_real_ids up to the next multiple of 8 (Qwen2.5: 151,672), since bf16
+        products of another width take twice as long on an H100."""
         return min(-(-self.n_real_ids // 8) * 8, self.config["vocab_size"])
 
     def logits(self, hidden_NC):
@@ -229,26 +231,36 @@ class Qwen2(nn.Module):
         return F.linear(hidden_NC, self.head_weight.to(hidden_NC.dtype))
 
     def log_probs(self, hidden_NC, temperature=1.0, head_VC=None):
-        """log softmax(logits / temperature) over the real tokens: (N, n_real_ids) fp32, nats.
+        """log softmax(logits / temperature): (N, n_head_rows) fp32, nats.
 
         The one definition of probability: the sampler, the old, new and reference policy and the
-        entropy all come from here. head_VC: the first `n_head_rows` of the head in the dtype of
-        `hidden_NC`, where the caller has them at hand.
+        entropy all come from here. head_VC: as in `masked_logits`.
+        """
+        return F.log_softmax(self.masked_logits(hidden_NC, temperature, head_VC), -1)
+
+    def masked_logits(self, hidden_NC, temperature=1.0, head_VC=None):
+        """logits / temperature: (N, n_head_rows) fp32; of an id without a token the lowest number,
+        which has probability 0.
+
+        On CUDA they are fp32 whatever the dtype of what flows: rounded to bf16 they would be the
+        largest part of the noise in a ratio. head_VC: the first `n_head_rows` of the head in the
+        dtype of `hidden_NC`, where the caller has them at hand.
         """
         if head_VC is None:
             head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
-        logits = F.linear(hidden_NC, head_VC)[:, :self.n_real_ids].float()
+        logits = product_in_fp32(hidden_NC, head_VC)
         if temperature != 1:
             logits.div_(temperature)
-        if len(self.nameless_ids):  # not −inf, which times a probability of 0 is NaN
-            logits.index_fill_(1, self.nameless_ids, torch.finfo(torch.float32).min)
-        return F.log_softmax(logits, -1)
+        nothing = torch.finfo(torch.float32).min  # not −inf, which times a probability of 0 is NaN
+        logits[:, self.n_real_ids:].fill_(nothing)
+        if len(self.nameless_ids):
+            logits.index_fill_(1, self.nameless_ids, nothing)
+        return logits
 
     def completion_log_probs(self, batch, temperature=1.0, entropy=False):
         """Log-probabilities of a batch's completion tokens: logp_M and entropy_M (or None), fp32,
         nats, no grad. batch: rollout.FlatBatch."""
-        # compiled, a pass without gradient may be another kernel, equal only up to rounding
-        with torch.set_grad_enabled(self.compiled):
+        with torch.no_grad():
             hidden_MC = self.predicting_states(batch)
         logps, entropies = [], []
         for chunk, logp_MV, _ in self.head_in_chunks(batch, hidden_MC, temperature):
@@ -278,7 +290,7 @@ class Qwen2(nn.Module):
             if entropy:
                 entropies.append(entropy_of(logp_MV))
             g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
-            logit_gradient_MV = logp_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1)
+            logit_gradient_MV = logit_gradient(logp_MV, target_M1, g_M1, head_VC.dtype)
             gradients.append(self.head_backward(logit_gradient_MV, hidden_MC.detach()[chunk],
                                                 head_VC))
         hidden_MC.backward(torch.cat(gradients))
@@ -302,9 +314,6 @@ class Qwen2(nn.Module):
     def head_backward(self, gradient_MV, hidden_MC, head_VC):
         """Add the head's gradient to the fp32 one of its weight; return that of its input, (M, C).
         """
-        gradient_MV = gradient_MV.to(hidden_MC.dtype)
-        if len(head_VC) > self.n_real_ids:
-            gradient_MV = F.pad(gradient_MV, (0, len(head_VC) - self.n_real_ids))
         if self.head_weight.grad is None:
             self.head_weight.grad = torch.zeros_like(self.head_weight)
         total_VC = self.head_weight.grad[:len(head_VC)]
@@ -313,22 +322,6 @@ class Qwen2(nn.Module):
         else:
             total_VC += gradient_MV.T @ hidden_MC
         return gradient_MV @ head_VC
-
-    def compile_layers(self):
-        """Compile what lies around attention; the sampler's copy stays as it is.
-
-        Raises ValueError where torch cannot compile here.
-        """
-        for block in self.model["layers"]:
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
-        self.compiled = True
-        two = torch.arange(2, device=self.device)
-        try:
-            self(two, two, lambda layer, q_NHD, k_NKD, v_NKD: q_NHD)
-        except RuntimeError as e:
-            raise ValueError("torch cannot compile here; install a C++ compiler (on CUDA also "
-                             f"triton) or leave --compile away ({str(e).splitlines()[0]})") from e
 
     def for_sampling(self):
         """The same model without gradients and with its weights cast once to `compute_dtype`.
@@ -381,9 +374,31 @@ class Qwen2(nn.Module):
                        self.tokenizer_files)
 
 
+def product_in_fp32(x_NC, w_VC):
+    """x wᵀ: (N, V) fp32; of bf16 on a CPU rounded to bf16 first."""
+    if x_NC.is_cuda and x_NC.dtype == torch.bfloat16:
+        return torch.mm(x_NC, w_VC.T, out_dtype=torch.float32)
+    return F.linear(x_NC, w_VC).float()
+
+
+@compiled
 def entropy_of(logp_MV):
     """−Σ p·log p of each row: (M,) nats."""
     return -(logp_MV.exp() * logp_MV).sum(1)
+
+
+def logit_gradient(logp_MV, target_M1, g_M1, dtype):
+    """g · (1[token] − softmax): (M, V) in dtype. Overwrites logp_MV where it can."""
+    if logp_MV.is_cuda:
+        return logit_gradient_at_once(logp_MV, target_M1, g_M1, dtype)
+    return logp_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1).to(dtype)
+
+
+@compiled
+def logit_gradient_at_once(logp_MV, target_M1, g_M1, dtype):
+    """As `logit_gradient`: one pass over (M, V), which writes nothing but its result."""
+    is_target_MV = torch.arange(logp_MV.shape[1], device=logp_MV.device) == target_M1
+    return (g_M1 * (is_target_MV.float() - logp_MV.exp())).to(dtype)
 
 
 def gradient_of(loss, logp_M, chunk):
@@ -466,25 +481,31 @@ class SharedPromptAttention:
 
     def __init__(self, prompt_lengths, completion_lengths, device="cpu", packs=None):
         start_P = [0, *accumulate(prompt_lengths)]
-        self.n_prompt_tokens = start_P[-1]
-        self.prompts = PaddedSequences(start_P[:-1], prompt_lengths, device=device)
-        self.completions = self.packed = None
         lengths = [n for group in completion_lengths for n in group]
         prompt_of = [p for p, group in enumerate(completion_lengths) for _ in group]
-        start_B = list(accumulate([self.n_prompt_tokens, *lengths]))[:-1]
+        start_B = list(accumulate([start_P[-1], *lengths]))[:-1]
         prefixes = [start_P[p] for p in prompt_of], [prompt_lengths[p] for p in prompt_of]
-        if sum(lengths):
-            self.completions = PaddedSequences(start_B, lengths, *prefixes, device)
+        self.device, self.packed = device, None
+        self.of_prompts = start_P[:-1], list(prompt_lengths)
+        self.of_completions = start_B, lengths, *prefixes
         if packed_works(SharedPromptAttention, torch.device(device)) if packs is None else packs:
             none = [0] * len(prompt_lengths)
-            self.packed = PackedSequences(start_P[:-1] + start_B, [*prompt_lengths, *lengths],
-                                          none + prefixes[0], none + prefixes[1], device)
+            self.packed = PackedSequences(*(a + b for a, b in zip(
+                (*self.of_prompts, none, none), self.of_completions)), device)
+
+    @cached_property
+    def prompts(self):
+        return PaddedSequences(*self.of_prompts, device=self.device)
+
+    @cached_property
+    def completions(self):
+        return PaddedSequences(*self.of_completions, self.device)
 
     def __call__(self, layer, q_NHD, k_NKD, v_NKD):
         if self.packed and q_NHD.dtype == torch.bfloat16:
             return self.packed.attend(q_NHD, k_NKD, v_NKD)
         out = self.prompts.attend(q_NHD, k_NKD, v_NKD)
-        if self.completions is None:
+        if not sum(self.of_completions[1]):
             return out
         return torch.cat([out, self.completions.attend(q_NHD, k_NKD, v_NKD)])
 

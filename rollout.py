@@ -7,11 +7,11 @@ What it does    `sample_slowly` says what sampling is: one completion after the 
 Not here        the network (model.py), the fast sampler's cache (plumbing/engine.py), what a good
                 completion is (rewards.py).
 Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is that?" -n 4
-Where to fork   `sample` chooses the next token, for both samplers: add min-p or top-k there, before
-                CUDA's own way to draw (only with the switch FAST of plumbing/engine.py). Hand a new
-                setting on in `sample_slowly`, `generate` and `sample_answers`, and to these in
-                train.py (`sample`, `validate`) and plumbing/run.py (`try_largest_batch`); a flag is
-                a line in plumbing/settings.py, for evaluate.py in evaluation/settings.py and in the
+Where to fork   `sample` draws the next token, for both samplers: add min-p or top-k there, and take
+                CUDA's own way to draw out of `choose`. Hand a new setting on in `choose`,
+                `sample_slowly`, `generate` and `sample_answers`, and to these in train.py
+                (`sample`, `validate`) and plumbing/run.py (`try_largest_batch`); a flag is a line
+                in plumbing/settings.py, for evaluate.py in evaluation/settings.py and in the
                 settings that evaluation/answers.py keeps beside answers.
 
 Axis letters: P prompts, G completions per prompt, R rows (completions in flight), N flat tokens,
@@ -112,13 +112,13 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     bar = tqdm(total=len(prompts) * group_size * max_new_tokens, desc=progress, unit="token",
                unit_scale=True, leave=False, disable=progress is None, delay=2)
     on = torch.cuda.device(model.device) if model.on_cuda else nullcontext()
-    choose = partial(sample, temperature=temperature, top_p=top_p)  # a new setting goes here, too
+    chosen = partial(choose, temperature=temperature, top_p=top_p)  # a new setting goes here, too
 
     def uniforms(key_R, sample_R):
         return uniforms_for(seed, step, key_R, sample_R, max_new_tokens, top_p)
     with torch.inference_mode(), on:  # graphs are captured on the current device
         sampler = sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws(top_p),
-                              choose)
+                              chosen)
         completions = sampler.run(prompts, keys, uniforms, bar)
     bar.close()
     return rollout_of(prompts, completions, group_size, time.perf_counter() - began)
@@ -197,6 +197,18 @@ def inverse_cdf(cdf_RV, u_R):
     return torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
 
 
+def choose(model, hidden_RC, u_RU, temperature, top_p):
+    """The next token of each row and its log-probability: (R,) int64, (R,) fp32.
+
+    hidden_RC: what predicts it, of `model`. The rest as in `sample`.
+    """
+    if hidden_RC.is_cuda and engine.FAST and temperature > 0 and top_p >= SORT_BELOW:
+        return draw_in_blocks(model.masked_logits(hidden_RC), u_RU, temperature, top_p)
+    logp_RV = model.log_probs(hidden_RC, temperature or 1.0)  # 0: greedy
+    token_R = sample(logp_RV, u_RU, temperature, top_p)
+    return token_R, logp_RV.gather(1, token_R[:, None]).squeeze(1)
+
+
 def sample(logp_RV, u_RU, temperature, top_p):
     """Choose the next token of each row: (R,) int64.
 
@@ -208,8 +220,6 @@ def sample(logp_RV, u_RU, temperature, top_p):
     """
     if temperature == 0:
         return logp_RV.argmax(-1)
-    if top_p >= SORT_BELOW and logp_RV.is_cuda and engine.FAST:
-        return draw_in_blocks(logp_RV, u_RU, top_p)
     prob_RV = logp_RV.exp()
     if top_p >= SORT_BELOW:
         return draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)
@@ -296,7 +306,7 @@ def flat_batch(prompts, completions, device="cpu"):
     ids_N = torch.tensor(ids, device=device)
     return FlatBatch(ids_N, torch.tensor(positions, device=device), attend,
                      torch.tensor(predictor, device=device, dtype=torch.int64),
-                     ids_N[attend.n_prompt_tokens:],
+                     ids_N[sum(map(len, prompts)):],
                      torch.tensor(sequence, device=device, dtype=torch.int64), lengths)
 
 

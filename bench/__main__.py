@@ -55,7 +55,7 @@ def in_a_fresh_process(args, contender, **more):
     """
     flags = {key: getattr(args, key) for key in (
         "device", "dtype", "threads", "shape", "prompts", "group_size", "new_tokens",
-        "prompt_length", "rows", "temperature", "top_p", "compile", "trl_batch",
+        "prompt_length", "rows", "temperature", "top_p", "trl_batch",
         "trl_cache")} | more
     done = subprocess.run([sys.executable, "-m", "bench", "alone", contender, json.dumps(flags)],
                           capture_output=True, text=True, cwd=ROOT)
@@ -68,8 +68,6 @@ def in_a_fresh_process(args, contender, **more):
 
 def fixed_work(args, **more):
     model = ours.make_model(args.shape, args.device, args.dtype)
-    if args.compile:
-        model.compile_layers()
     s = ours.settings(group_size=args.group_size, max_new_tokens=args.new_tokens,
                       temperature=args.temperature, top_p=args.top_p, rollout_rows=args.rows,
                       device=args.device, **more)
@@ -354,7 +352,6 @@ def make_parser():
     add("--rows", type=int, default=512, help="places for running rows")
     add("--temperature", type=float, default=1.0, help="of sampling and scoring")
     add("--top-p", type=float, default=1.0, help="nucleus mass")
-    add("--compile", action="store_true", help="as train.py's: the layers around attention")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--trl-batch", type=int, default=None, help="TRL's per-device batch; default all rows")
     add("--trl-cache", choices=["static", "dynamic"], default="static", help="of TRL's generate")

@@ -37,7 +37,7 @@ from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
 from plumbing.metrics import peak_memory_gib
 from plumbing.run import groups_that_fit, peak_bytes
-from rollout import flat_batch, generate, n_draws, sample
+from rollout import choose, flat_batch, generate, n_draws
 
 PROMPT = 172  # tokens: GSM8K's training prompts with the system instruction have about as many
 CARD = SimpleNamespace(
@@ -199,7 +199,7 @@ def decode(args, size, claim):
         took = median_s(lambda: generate(*work, max_rows=rows, step=1), args.device)
         with torch.inference_mode():
             sampler = sampler_for(*work[:4], rows, n_draws(0.9),
-                                  partial(sample, temperature=0.8, top_p=0.9))
+                                  partial(choose, temperature=0.8, top_p=0.9))
             sampler.resize(rows)
 
             def step():  # of rows that have ended, which cost what others do

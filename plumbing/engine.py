@@ -162,8 +162,8 @@ def sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws, c
 
     On CUDA the model keeps its last two samplers, one for training and one for validation, since
     their captured graphs serve the next call of their size. The samplers' weights are refreshed in
-    place. choose(logp_RV, u_RU) -> token_R: a functools.partial with its settings, the temperature
-    among them, as keywords; samplers are told apart by these.
+    place. choose(model, hidden_RC, u_RU) -> token_R, logp_R: a functools.partial with its settings
+    as keywords; samplers are told apart by these.
     """
     longest = max(map(len, prompts), default=1)
     settings = (*places_for(len(prompts), group_size, max_rows), group_size, max_new_tokens,
@@ -218,7 +218,6 @@ class Sampler:
     def __init__(self, model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens,
                  n_draws, choose):
         self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
-        self.temperature = choose.keywords["temperature"] or 1.0  # 0 is greedy
         global FAST
         fast = FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
         if fast and not fast_works(model, CachedAttention):
@@ -226,6 +225,7 @@ class Sampler:
         self.attention = (FlashCache if fast else CachedAttention)(
             model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens)
         self.forward = partial(decode, model) if fast else model
+        self.fewest = 2 if fast else 1  # rows, prompts: of one, all would be compiled again
         self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
         self.places = torch.arange(n_rows, device=model.device)
         self.graphs = {}  # of step, on CUDA; they share one pool of memory and one stream
@@ -250,11 +250,10 @@ class Sampler:
         t_R = r.length.clamp(max=self.T - 1)  # one that has ended goes on; nobody reads it
         self.attention.look_at(r.seat, t_R, n_own)
         hidden_RC = self.forward(r.token, r.start + r.length, self.attention)
-        logp_RV = self.model.log_probs(hidden_RC, self.temperature)
-        token_R = self.choose(logp_RV, r.u[self.places[:len(t_R)], t_R])
+        token_R, logp_R = self.choose(self.model, hidden_RC, r.u[self.places[:len(t_R)], t_R])
         column_R1 = torch.where(r.running, r.length, self.T)[:, None]
         r.tokens.scatter_(1, column_R1, token_R[:, None])
-        r.logps.scatter_(1, column_R1, logp_RV.gather(1, token_R[:, None]))
+        r.logps.scatter_(1, column_R1, logp_R[:, None])
         r.token.copy_(token_R)
         r.length.add_(r.running)
         r.finished.logical_or_((token_R[:, None] == self.stop_ids).any(1) & r.running)
@@ -344,6 +343,8 @@ class Sampler:
         """Take away the rows that have ended; their places are free."""
         running = self.rows.running.tolist()
         ended = [i for i in self.row_at if not running[i]]
+        if not ended:
+            return
         results = (x.index_select(0, self.tensor(ended)).tolist()
                    for x in (self.rows.tokens, self.rows.logps, self.rows.finished))
         for i, ids, logps, finished in zip(ended, *results):
@@ -356,12 +357,13 @@ class Sampler:
 
     def close_ranks(self, lengths):
         """Move the rows that run, and their prompts, to the first places, once they need fewer."""
-        n = size_for(len(self.row_at))
+        n = max(size_for(len(self.row_at)), self.fewest)
         if n >= len(self.rows.token):
             return lengths
         stay = padded(sorted(self.row_at), n)
         prompts = sorted(self.place_of.values())
-        prompts = padded(prompts, min(size_for(len(prompts)), self.attention.n_prompts))
+        prompts = padded(prompts, min(max(size_for(len(prompts)), self.fewest),
+                                      self.attention.n_prompts))
         self.attention.keep(self.tensor(stay), max(lengths), self.tensor(prompts))
         for x in self.all_rows.values():
             x[:n] = x.index_select(0, self.tensor(stay))

@@ -11,27 +11,17 @@ Not here        the plain step, which runs everywhere else and where `fast_works
 Axis letters as in engine.py; E the width of queries, keys and values together; the vocabulary is
 B blocks of X tokens.
 """
-import functools
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from model import rotary_table, rotate
+from model import rotary_table, rotate, swiglu
+from plumbing.compiled import compiled
 from plumbing.packed import flash_attention
 
 BLOCK = 1024  # chosen: tokens of the vocabulary whose probabilities are added up together
 LARGEST_DIFFERENCE = 0.05  # chosen, of hidden states beside their norm: bf16 rounds to 0.004
-
-
-def compiled(function):
-    """Compiled once for all layers and all numbers of rows, when it first runs on CUDA: not here,
-    since torch takes 3 s to load its compiler."""
-    fast = functools.cache(lambda: torch.compile(function, dynamic=True))
-
-    def either(x, *rest):
-        return (fast() if x.is_cuda else function)(x, *rest)
-    return either
 
 
 # ------------------------------------------------------------------ the model, for one token a row
@@ -74,9 +64,10 @@ def rotate_and_store(qkv_RE, cos, sin, q_norm, k_norm, eps, own_k, own_v, t_R, K
     if q_norm is not None:
         q, k = F.rms_norm(q, (D,), q_norm, eps), F.rms_norm(k, (D,), k_norm, eps)
     row_R = torch.arange(R, device=t_R.device)
-    own_k[row_R, t_R] = rotate(k, (cos, sin))
+    rotated = rotate.__wrapped__  # as it is written, so that all of this becomes one kernel
+    own_k[row_R, t_R] = rotated(k, (cos, sin))
     own_v[row_R, t_R] = v
-    return rotate(q, (cos, sin)).view(R, K, -1, D).transpose(1, 2).contiguous()
+    return rotated(q, (cos, sin)).view(R, K, -1, D).transpose(1, 2).contiguous()
 
 
 @compiled
@@ -87,15 +78,11 @@ def weigh(own_RhKD, own_lse, prompt_ShKD, prompt_lse, seat_R, alone_R):
     the row brings along.
     """
     log_odds = torch.where(alone_R[:, None], torch.inf, own_lse - prompt_lse[:, seat_R])
-    share_RhK1 = log_odds.sigmoid().permute(1, 2, 0)[..., None]
-    mixed = torch.lerp(prompt_ShKD[seat_R].float(), own_RhKD.float(), share_RhK1)
-    return mixed.to(own_RhKD.dtype).transpose(1, 2).flatten(1)
-
-
-@compiled
-def swiglu(x):
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+    share_RKh1 = log_odds.sigmoid().transpose(0, 1)[..., None]
+    own_RKhD = own_RhKD.transpose(1, 2).float()
+    prompt_RKhD = prompt_ShKD.transpose(1, 2)[seat_R].float()
+    mixed = prompt_RKhD + share_RKh1 * (own_RKhD - prompt_RKhD)
+    return mixed.to(own_RhKD.dtype).flatten(1)
 
 
 class FlashCache:
@@ -169,33 +156,91 @@ class FlashCache:
 
 # ------------------------------------------------------------------ drawing a token
 
+def draw_in_blocks(logit_RV, u_RU, temperature, top_p):
+    """As rollout.draw, from logits: of U draws of each row the first inside the nucleus, else the
+    likeliest token; and its log-probability. Both (R,).
+
+    Two passes over the vocabulary: one for the probability of each block, one for that of all
+    tokens likelier than each draw. Sums are of blocks first, so that rounding can tip a draw.
+    """
+    top_RB, mass_RB = block_masses(logit_RV, temperature)
+    token_RU, own_RU, top_R1, total_R1 = draws(logit_RV, u_RU, top_RB, mass_RB, temperature)
+    if top_p >= 1:
+        return token_RU[:, 0], own_RU[:, 0] - top_R1[:, 0] - total_R1.log()[:, 0]
+    likelier_RBU = likelier_masses(logit_RV, own_RU, top_R1, temperature)
+    return first_inside(logit_RV, token_RU, own_RU, likelier_RBU, top_RB, top_R1, total_R1,
+                        temperature, top_p)
+
+
 @compiled
-def draw_in_blocks(logp_RV, u_RU, top_p):
-    """As rollout.draw: of U draws of each row the first inside the nucleus, else the likeliest
-    token. The sums are of blocks first, so that rounding can tip a draw."""
-    R, V = logp_RV.shape
-    prob_RBX = F.pad(logp_RV.exp(), (0, -V % BLOCK)).view(R, -1, BLOCK)
-    mass_RB = prob_RBX.sum(-1)
+def block_masses(logit_RV, temperature):
+    """Of each block the largest logit / temperature, and Σ exp(logit / temperature − largest)."""
+    x_RBX = blocks(logit_RV) / temperature
+    top_RB = x_RBX.amax(-1).clamp(min=-1e30)  # of tokens without probability it is lower still
+    return top_RB, (x_RBX - top_RB[..., None]).exp().sum(-1)
+
+
+@compiled
+def draws(logit_RV, u_RU, top_RB, mass_RB, temperature):
+    """For each u a token and its logit / temperature, (R, U); the largest of all, and Σ exp(logit /
+    temperature − largest), (R, 1)."""
+    top_R1 = top_RB.amax(-1, keepdim=True)
+    mass_RB = mass_RB * (top_RB - top_R1).exp()
     cdf_RB = mass_RB.cumsum(-1)
-    total_R1 = cdf_RB[:, -1:]
-    target_RU = torch.minimum(u_RU * total_R1, total_R1.nextafter(total_R1 * 0))
+    total_R1 = cdf_RB[:, -1:].contiguous()
+    target_RU = torch.minimum(u_RU * total_R1, below(total_R1))
     block_RU = torch.searchsorted(cdf_RB, target_RU, right=True)
     rest_RU = target_RU - (cdf_RB.gather(1, block_RU) - mass_RB.gather(1, block_RU))
-    inner_RUX = prob_RBX.gather(1, block_RU[..., None].expand(-1, -1, BLOCK)).cumsum(-1)
+    inner_RUX = block_of(logit_RV, block_RU) / temperature
+    cdf_RUX = (inner_RUX - top_R1[..., None]).exp().cumsum(-1)
     # rounding may put the rest beyond the block's last token that has probability
-    last_RU1 = inner_RUX[..., -1:]
-    rest_RU1 = torch.minimum(rest_RU[..., None], last_RU1.nextafter(last_RU1 * 0)).clamp(min=0)
-    token_RU = block_RU * BLOCK + torch.searchsorted(inner_RUX, rest_RU1, right=True).squeeze(-1)
-    if top_p >= 1:
-        return token_RU[:, 0]
-    own_RU = logp_RV.gather(1, token_RU).exp()
-    likelier_RU = torch.stack([
-        torch.where(prob_RBX > own_RU[:, u, None, None], prob_RBX, 0).sum(-1).sum(-1)
-        for u in range(u_RU.shape[1])], 1)
-    inside_RU = likelier_RU < top_p
+    rest_RU1 = torch.minimum(rest_RU[..., None], below(cdf_RUX[..., -1:])).clamp(min=0)
+    inner_RU1 = torch.searchsorted(cdf_RUX, rest_RU1, right=True)
+    own_RU = inner_RUX.gather(2, inner_RU1).squeeze(-1)
+    return block_RU * BLOCK + inner_RU1.squeeze(-1), own_RU, top_R1, total_R1
+
+
+@compiled
+def likelier_masses(logit_RV, own_RU, top_R1, temperature):
+    """Σ exp(logit / temperature − largest) of each block's tokens likelier than each draw."""
+    x_RBX = blocks(logit_RV) / temperature
+    prob_RBX = (x_RBX - top_R1[..., None]).exp()
+    return torch.stack([torch.where(x_RBX > own_RU[:, u, None, None], prob_RBX, 0).sum(-1)
+                        for u in range(own_RU.shape[1])], -1)
+
+
+@compiled
+def first_inside(logit_RV, token_RU, own_RU, likelier_RBU, top_RB, top_R1, total_R1, temperature,
+                 top_p):
+    """The first token inside the nucleus, or the likeliest, and its log-probability: both (R,)."""
+    inside_RU = likelier_RBU.sum(1) < top_p * total_R1
     first_R1 = inside_RU.byte().argmax(1, keepdim=True)
-    return torch.where(inside_RU.any(1), token_RU.gather(1, first_R1).squeeze(1),
-                       logp_RV.argmax(-1))
+    block_R1 = top_RB.argmax(1, keepdim=True)
+    likeliest_R1 = block_R1 * BLOCK + block_of(logit_RV, block_R1)[:, 0].argmax(1, keepdim=True)
+    any_R1 = inside_RU.any(1, keepdim=True)
+    token_R1 = torch.where(any_R1, token_RU.gather(1, first_R1), likeliest_R1)
+    own_R1 = torch.where(any_R1, own_RU.gather(1, first_R1), top_R1)
+    return token_R1[:, 0], (own_R1 - top_R1 - total_R1.log())[:, 0]
+
+
+def block_of(logit_RV, block_RU):
+    """The logits of some blocks, (R, U, BLOCK); what lies beyond V has no probability."""
+    V = logit_RV.shape[1]
+    token_RUX = block_RU[..., None] * BLOCK + torch.arange(BLOCK, device=logit_RV.device)
+    inside_RUX = token_RUX < V
+    logit_RUX = logit_RV.gather(1, token_RUX.clamp(max=V - 1).flatten(1)).view(token_RUX.shape)
+    return torch.where(inside_RUX, logit_RUX, torch.finfo(logit_RV.dtype).min)
+
+
+def blocks(x_RV):
+    """(R, V) as (R, B, BLOCK); what fills the last block has no probability."""
+    nothing = torch.finfo(x_RV.dtype).min
+    return F.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=nothing).view(len(x_RV), -1, BLOCK)
+
+
+def below(x):
+    """The next smaller float, of x > 0."""
+    return x.nextafter(torch.zeros_like(x))
 
 
 # ------------------------------------------------------------------ whether it is right here

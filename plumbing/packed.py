@@ -12,6 +12,8 @@ from itertools import accumulate
 
 import torch
 
+from plumbing.compiled import runs_on
+
 # torch's own name for it: the public varlen_attn takes grouped heads from torch 2.12 on only.
 flash_attention = torch.ops.aten._flash_attention_forward
 LARGEST_DIFFERENCE = 0.1  # chosen: bf16 rounds what is near 4, the largest here, to 0.016
@@ -42,11 +44,6 @@ class PackedSequences:
         k, v = torch.cat([k_NKD, v_NKD], 1).index_select(0, self.key_J).chunk(2, 1)
         no_dropout, causal, no_mask_back = 0.0, True, False
         return flash_attention(q_NHD, k, v, *self.sizes, no_dropout, causal, no_mask_back)[0]
-
-
-def runs_on(device):
-    return device.type == "cuda"
-
 
 @cache
 def packed_works(plain, device):

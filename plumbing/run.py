@@ -156,9 +156,6 @@ def prepare(args, folder):
     model.checkpoint_activations = args.checkpoint_activations
     if args.fsdp:
         parallel.shard(model, args.device)
-    if args.compile:
-        model.compile_layers()
-    if args.fsdp:  # after any forward: it also puts the parts back in their places
         policy = model.for_sampling()
     reference = whole_model(args.model, args) if args.beta else None
     problems, validation, test = split_problems(args)

@@ -41,7 +41,7 @@ PRESETS = {
 
 # What --resume may change, since it changes results by rounding at most
 OF_THE_MACHINE = {"threads", "tokens_per_microbatch", "rollout_rows", "checkpoint_activations",
-                  "compile", "fsdp"}
+                  "fsdp"}
 
 
 def make_parser():
@@ -102,7 +102,6 @@ def make_parser():
     add("--tokens-per-microbatch", type=int, default=None if on_gpu else 8192,
         help="flat tokens per forward/backward; on CUDA what free memory holds")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
-    add("--compile", action="store_true", help="updates some 5 to 15 %% faster after ten seconds")
     add("--fsdp", action="store_true", help="shard weights and optimizer over torchrun's processes")
     add("--rollout-rows", type=int, default=256, help="completions in flight at once")
     add("--name", default=None, help="folder under runs/ (<model>-<objective>-s<seed>)")

@@ -17,7 +17,7 @@ import rollout
 import train
 from model import PaddedSequences, Qwen2
 from plumbing.engine import CachedAttention, Sampler, prefill
-from rollout import flat_batch, generate, sample
+from rollout import choose, flat_batch, generate
 
 
 def sampled(model, max_new_tokens=30):
@@ -91,10 +91,10 @@ def test_a_sampler_is_kept_for_one_way_of_choosing_only(as_on_cuda, monkeypatch)
     model = Qwen2.from_pretrained("tiny")
     first = sampled(model)
 
-    def either(logp_RV, u_RU, temperature, top_p, likeliest):
-        return sample(logp_RV, u_RU, 0.0 if likeliest else temperature, top_p)
+    def either(model, hidden_RC, u_RU, temperature, top_p, likeliest):
+        return choose(model, hidden_RC, u_RU, 0.0 if likeliest else temperature, top_p)
     for likeliest in (False, True, False):
-        monkeypatch.setattr(rollout, "sample", partial(either, likeliest=likeliest))
+        monkeypatch.setattr(rollout, "choose", partial(either, likeliest=likeliest))
         assert (sampled(model) == first) == (not likeliest)
 
 
@@ -116,7 +116,7 @@ def sampled_and_updated_elsewhere():
     with torch.inference_mode():
         sampler = Sampler(model.for_sampling(), 20, n_rows=6, n_prompts=3, group_size=2,
                           max_new_tokens=10, n_draws=8,
-                          choose=partial(sample, temperature=1.0, top_p=0.9))
+                          choose=partial(choose, temperature=1.0, top_p=0.9))
         sampler.resize(6)
         places = torch.arange(2, device="meta")
         sampler.attention.store_prompts(places, *prefill(sampler.model, prompts))

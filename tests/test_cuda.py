@@ -4,9 +4,12 @@ import torch
 from test_model import SHAPES, random_batch, theirs
 from test_train import metrics, run, updated
 
+import model as model_module
 import train
 from model import Qwen2, SharedPromptAttention
+from plumbing import engine
 from plumbing.engine import LENGTH_STEP, Sampler
+from plumbing.fast_decode import FlashCache, draw_in_blocks
 from plumbing.packed import packed_works
 from rollout import flat_batch, generate
 
@@ -50,9 +53,8 @@ def test_cached_decoding_equals_teacher_forcing(folder, dtype, limit):
     assert gap.mean() < limit / 10 and gap.max() < limit
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype, compiled):
+def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype):
     log_ratios = []
     policy_loss = train.policy_loss
 
@@ -61,7 +63,7 @@ def test_before_the_first_optimizer_step_every_ratio_is_one(monkeypatch, dtype, 
         log_ratios.append(log_ratio.abs().max().item())
         return loss, log_ratio
     monkeypatch.setattr(train, "policy_loss", watched)
-    _, minibatches = updated(device="cuda", dtype=dtype, minibatches=2, compile=compiled,
+    _, minibatches = updated(device="cuda", dtype=dtype, minibatches=2,
                              tokens_per_microbatch=60)
     first = len(minibatches[0])
     assert first >= 2 and log_ratios[:first] == [0.0] * first and max(log_ratios[first:]) > 0
@@ -135,6 +137,51 @@ def test_packed_attention_is_used_and_gives_the_padded_gradients(folder, monkeyp
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found))
     print(f"log-probs and gradients, packed beside padded: at most {worst:.1e} apart")
     assert worst < 0.05
+
+
+def test_what_is_compiled_gives_what_is_written(capsys):
+    """No line says that something runs as it is written."""
+    for name, arguments in {
+            "swiglu": lambda N: [torch.randn(N, 9728)],
+            "rotate": lambda N: [torch.randn(N, 16, 64), (torch.randn(N, 1, 64),) * 2]}.items():
+        for N in (5, 60):
+            inputs = [x.cuda().bfloat16().requires_grad_() if torch.is_tensor(x)
+                      else tuple(y.cuda().bfloat16() for y in x) for x in arguments(N)]
+            getattr(model_module, name)(*inputs).float().square().sum().backward()
+    logit_RV, u_RU = 3 * torch.randn(400, 3001, device="cuda"), torch.rand(400, 8, device="cuda")
+    with torch.inference_mode():
+        fast = draw_in_blocks(logit_RV, u_RU, 0.8, 0.9)
+    slow = draw_in_blocks(logit_RV.cpu(), u_RU.cpu(), 0.8, 0.9)
+    same_R = fast[0].cpu() == slow[0]
+    assert same_R.double().mean() > 0.98  # rounding can tip a draw
+    assert (fast[1].cpu() - slow[1])[same_R].abs().max() < 1e-4
+    assert capsys.readouterr().err == ""
+
+
+def test_the_faster_step_gives_the_tokens_of_the_trainers_policy(folder, monkeypatch, capsys):
+    """Its log-probs are the trainer's; a prompt's first tokens are as frequent as the plain step's.
+    """
+    monkeypatch.setattr(engine, "FAST", True)
+    model = Qwen2.from_pretrained(folder, "cuda", "bf16")
+    prompts, n = random_batch()[0], 2000
+    result = generate(model, prompts, 8, 40, 0.8, 0.9, seed=1)
+    (sampler,) = model.kept_samplers.values()
+    assert isinstance(sampler.attention, FlashCache) and capsys.readouterr().err == ""
+    scored, _ = model.completion_log_probs(flat_batch(prompts, result.completions, "cuda"), 0.8)
+    sampled = torch.tensor([x for group in result.logps for row in group for x in row],
+                           device="cuda")
+    assert (scored - sampled).abs().mean() < 0.02
+    counts = []
+    for fast in (True, False):
+        monkeypatch.setattr(engine, "FAST", fast)
+        model.kept_samplers.clear()
+        drawn = generate(model, prompts[:1], n, 1, 0.8, 0.9, seed=2 + fast, max_rows=n)
+        counts.append(torch.bincount(torch.tensor(drawn.completions).flatten(), minlength=97))
+    a, b = (x.double() for x in counts)
+    seen = (a + b) > 10
+    chi_square = ((a - b).square() / (a + b))[seen].sum().item()
+    print(f"chi-square {chi_square:.0f} with {seen.sum().item() - 1} degrees of freedom")
+    assert chi_square < seen.sum().item() + 4 * (2 * seen.sum().item()) ** 0.5
 
 
 def test_the_bench_runs(tmp_path):

@@ -79,22 +79,26 @@ def test_a_step_that_errs_is_not_used_and_the_run_says_so(kernel, monkeypatch, c
 @pytest.mark.parametrize("V", [97, 1024, 3001])
 def test_drawing_in_blocks_is_drawing(top_p, V):
     generator = torch.Generator().manual_seed(V)
-    logp_RV = (3 * torch.randn(500, V, generator=generator)).log_softmax(-1)
+    logit_RV, temperature = 3 * torch.randn(500, V, generator=generator), 0.8
+    logp_RV = (logit_RV / temperature).log_softmax(-1)
     key_R, none_R = torch.arange(500), torch.zeros(500, dtype=torch.int64)
     u_RU = uniforms_for(0, 0, key_R, none_R, 1, top_p)[:, 0]
     prob_RV = logp_RV.exp()
     expected = draw(prob_RV, prob_RV.cumsum(-1), top_p, u_RU)
-    same = (draw_in_blocks(logp_RV, u_RU, top_p) == expected).double().mean()
-    assert same > 0.99  # where a sum rounds another way, u falls on the token beside
+    token_R, found_R = draw_in_blocks(logit_RV, u_RU, temperature, top_p)
+    same_R = token_R == expected
+    assert same_R.double().mean() > 0.99  # where a sum rounds another way, u falls on the next one
+    torch.testing.assert_close(found_R, logp_RV.gather(1, token_R[:, None])[:, 0])
 
 
 def test_drawing_in_blocks_never_takes_a_token_without_probability():
-    logp_RV = torch.full((4, 2500), -torch.inf)
+    logp_RV = torch.full((4, 2500), torch.finfo(torch.float32).min)
     logp_RV[0, 3], logp_RV[1, 1024], logp_RV[2, 2499] = 0, 0, 0
     logp_RV[3, [1023, 2048]] = -0.6931472
     for u in (0.0, 0.25, 0.5, 1 - 2**-24):
-        token_R = draw_in_blocks(logp_RV, torch.full((4, 1), u), 1.0)
-        assert logp_RV.gather(1, token_R[:, None]).isfinite().all(), (u, token_R)
+        token_R, found_R = draw_in_blocks(logp_RV, torch.full((4, 1), u), 0.5, 1.0)
+        assert (logp_RV.gather(1, token_R[:, None]) > -1).all(), (u, token_R)
+        torch.testing.assert_close(found_R, torch.tensor([0, 0, 0, -0.6931472]))
         assert token_R[3] == (1023 if u < 0.5 else 2048)
 
 
