@@ -33,6 +33,7 @@ from plumbing.packed import PackedSequences, packed_works
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30}  # chosen: the one fp32 (tokens, V) tensor of the
 # chunked head, 110 and 1,769 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
+NOTHING = -1e30  # chosen: the logit of probability 0; −inf times a probability of 0 were NaN
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
 # On Hopper torch prefers cuDNN's attention, whose backward with a mask can give NaN (issue 196678
@@ -236,11 +237,15 @@ class Qwen2(nn.Module):
         The one definition of probability: the sampler, the old, new and reference policy and the
         entropy all come from here. head_VC: as in `masked_logits`.
         """
-        return F.log_softmax(self.masked_logits(hidden_NC, temperature, head_VC), -1)
+        logits = self.masked_logits(hidden_NC, head_VC)
+        if logits.is_cuda:
+            return log_softmax(logits, temperature)
+        if temperature != 1:
+            logits.div_(temperature)
+        return F.log_softmax(logits, -1)
 
-    def masked_logits(self, hidden_NC, temperature=1.0, head_VC=None):
-        """logits / temperature: (N, n_head_rows) fp32; of an id without a token the lowest number,
-        which has probability 0.
+    def masked_logits(self, hidden_NC, head_VC=None):
+        """(N, n_head_rows) fp32; that of an id without a token is NOTHING.
 
         On CUDA they are fp32 whatever the dtype of what flows: rounded to bf16 they would be the
         largest part of the noise in a ratio. head_VC: the first `n_head_rows` of the head in the
@@ -249,12 +254,9 @@ class Qwen2(nn.Module):
         if head_VC is None:
             head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
         logits = product_in_fp32(hidden_NC, head_VC)
-        if temperature != 1:
-            logits.div_(temperature)
-        nothing = torch.finfo(torch.float32).min  # not −inf, which times a probability of 0 is NaN
-        logits[:, self.n_real_ids:].fill_(nothing)
+        logits[:, self.n_real_ids:].fill_(NOTHING)
         if len(self.nameless_ids):
-            logits.index_fill_(1, self.nameless_ids, nothing)
+            logits.index_fill_(1, self.nameless_ids, NOTHING)
         return logits
 
     def completion_log_probs(self, batch, temperature=1.0, entropy=False):
@@ -379,6 +381,12 @@ def product_in_fp32(x_NC, w_VC):
     if x_NC.is_cuda and x_NC.dtype == torch.bfloat16:
         return torch.mm(x_NC, w_VC.T, out_dtype=torch.float32)
     return F.linear(x_NC, w_VC).float()
+
+
+@compiled
+def log_softmax(logit_NV, temperature):
+    """log softmax(logits / temperature), (N, V)."""
+    return F.log_softmax(logit_NV / temperature, -1)
 
 
 @compiled

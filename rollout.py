@@ -27,7 +27,6 @@ import torch
 from tqdm import tqdm
 
 from model import SharedPromptAttention
-from plumbing import engine
 from plumbing.engine import sampler_for
 from plumbing.fast_decode import draw_in_blocks
 from plumbing.settings import check_sampling
@@ -197,12 +196,13 @@ def inverse_cdf(cdf_RV, u_R):
     return torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
 
 
-def choose(model, hidden_RC, u_RU, temperature, top_p):
+def choose(model, hidden_RC, u_RU, fast, temperature, top_p):
     """The next token of each row and its log-probability: (R,) int64, (R,) fp32.
 
-    hidden_RC: what predicts it, of `model`. The rest as in `sample`.
+    hidden_RC: what predicts it, of `model`. fast: in CUDA's own way, where it has one. The rest as
+    in `sample`.
     """
-    if hidden_RC.is_cuda and engine.FAST and temperature > 0 and top_p >= SORT_BELOW:
+    if fast and temperature > 0 and top_p >= SORT_BELOW:
         return draw_in_blocks(model.masked_logits(hidden_RC), u_RU, temperature, top_p)
     logp_RV = model.log_probs(hidden_RC, temperature or 1.0)  # 0: greedy
     token_R = sample(logp_RV, u_RU, temperature, top_p)

@@ -31,6 +31,7 @@ from model import SharedPromptAttention
 from plumbing.fast_decode import FlashCache, decode, fast_works
 
 FAST = False  # on CUDA in bf16: the step of fast_decode.py
+FAST_ROWS = 16  # chosen: with fewer, sampling takes less time than compiling
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
 REFILL = 16  # chosen: 1/16 of the places are filled together, so that new prompts are, too
 LENGTH_STEP = 32  # chosen, on CUDA: graphs are captured for cached lengths of 32, 64, 96, … tokens
@@ -162,8 +163,8 @@ def sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws, c
 
     On CUDA the model keeps its last two samplers, one for training and one for validation, since
     their captured graphs serve the next call of their size. The samplers' weights are refreshed in
-    place. choose(model, hidden_RC, u_RU) -> token_R, logp_R: a functools.partial with its settings
-    as keywords; samplers are told apart by these.
+    place. choose(model, hidden_RC, u_RU, fast) -> token_R, logp_R: a functools.partial with its
+    settings as keywords; samplers are told apart by these.
     """
     longest = max(map(len, prompts), default=1)
     settings = (*places_for(len(prompts), group_size, max_rows), group_size, max_new_tokens,
@@ -219,13 +220,15 @@ class Sampler:
                  n_draws, choose):
         self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
         global FAST
-        fast = FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
+        fast = (FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
+                and n_rows >= FAST_ROWS)
         if fast and not fast_works(model, CachedAttention):
-            fast = FAST = False  # rollout.sample asks, too
+            fast = FAST = False
+        self.fast = fast
         self.attention = (FlashCache if fast else CachedAttention)(
             model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens)
         self.forward = partial(decode, model) if fast else model
-        self.fewest = 2 if fast else 1  # rows, prompts: of one, all would be compiled again
+        self.fewest = 2 if fast else 1  # rows, prompts: for one, all would be compiled again
         self.stop_ids = torch.tensor(model.stop_ids, device=model.device)
         self.places = torch.arange(n_rows, device=model.device)
         self.graphs = {}  # of step, on CUDA; they share one pool of memory and one stream
@@ -250,7 +253,8 @@ class Sampler:
         t_R = r.length.clamp(max=self.T - 1)  # one that has ended goes on; nobody reads it
         self.attention.look_at(r.seat, t_R, n_own)
         hidden_RC = self.forward(r.token, r.start + r.length, self.attention)
-        token_R, logp_R = self.choose(self.model, hidden_RC, r.u[self.places[:len(t_R)], t_R])
+        u_RU = r.u[self.places[:len(t_R)], t_R]
+        token_R, logp_R = self.choose(self.model, hidden_RC, u_RU, self.fast)
         column_R1 = torch.where(r.running, r.length, self.T)[:, None]
         r.tokens.scatter_(1, column_R1, token_R[:, None])
         r.logps.scatter_(1, column_R1, logp_R[:, None])

@@ -1,8 +1,8 @@
 """A decode step of fewer kernels, for CUDA in bf16: engine.py says what it computes.
 
-What it does    `FlashCache` attends with two kernels a layer (FlashAttention-2, arXiv:2307.08691):
-                one for the keys of the prompts, each read once for its whole group, one for the
-                rows' own; their results are weighed by their log-sum-exps. `decode` is the model's
+What it does    `FlashCache` attends with one kernel a layer (FlashAttention-2, arXiv:2307.08691) to
+                the keys of the prompts, each read once for its whole group, and to the rows' own;
+                the two results are weighed by their log-sum-exps. `decode` is the model's
                 forward for one token of each row; what lies between two matrix products is one
                 compiled function. `draw_in_blocks` draws tokens in few passes over the vocabulary.
 Not here        the plain step, which runs everywhere else and where `fast_works` finds that the
@@ -16,7 +16,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from model import rotary_table, rotate, swiglu
+from model import NOTHING, rotary_table, rotate, swiglu
 from plumbing.compiled import compiled
 from plumbing.packed import flash_attention
 
@@ -71,37 +71,42 @@ def rotate_and_store(qkv_RE, cos, sin, q_norm, k_norm, eps, own_k, own_v, t_R, K
 
 
 @compiled
-def weigh(own_RhKD, own_lse, prompt_ShKD, prompt_lse, seat_R, alone_R):
+def weigh(out_QhKD, lse_KQh, seat_R, alone_R):
     """Attention to a row's own tokens and to its prompt, put together: (R, K·h·D).
 
-    own_lse, prompt_lse: (K, R, h) and (K, S, h). alone_R: rows whose prompt is one token, which
-    the row brings along.
+    The Q queries are those of all seats, about their prompts, then those of all rows, about their
+    own tokens. alone_R: rows whose prompt is one token, which the row brings along.
     """
-    log_odds = torch.where(alone_R[:, None], torch.inf, own_lse - prompt_lse[:, seat_R])
+    n_seats = len(out_QhKD) - len(seat_R)
+    log_odds = torch.where(alone_R[:, None], torch.inf, lse_KQh[:, n_seats:] - lse_KQh[:, seat_R])
     share_RKh1 = log_odds.sigmoid().transpose(0, 1)[..., None]
-    own_RKhD = own_RhKD.transpose(1, 2).float()
-    prompt_RKhD = prompt_ShKD.transpose(1, 2)[seat_R].float()
+    own_RKhD = out_QhKD[n_seats:].transpose(1, 2).float()
+    prompt_RKhD = out_QhKD.transpose(1, 2)[seat_R].float()
     mixed = prompt_RKhD + share_RKh1 * (own_RKhD - prompt_RKhD)
-    return mixed.to(own_RhKD.dtype).flatten(1)
+    return mixed.to(out_QhKD.dtype).flatten(1)
 
 
 class FlashCache:
     """Keys and values as engine.CachedAttention keeps them, laid out for FlashAttention.
 
-    prompt_k, prompt_v: per layer (P, T, K, D); own_k, own_v: (rows, T, K, D). Queries lie as
-    (R, h, K, D), so that the h queries that share a key are h queries of one sequence.
+    k, v: per layer all tokens end to end, (P·T prompt tokens and R·T' own ones, K, D), of which
+    prompt_k, own_k, … are the two parts, (P, T, K, D) and (R, T', K, D). Queries lie as (R, h, K,
+    D), so that the h queries that share a key are h queries of one sequence: one kernel takes, as
+    sequences, the queries of all seats beside each prompt, and those of each row.
     """
 
     def __init__(self, model, n_rows, n_prompts, group_size, longest_prompt, max_new_tokens):
         c, self.G = model.config, group_size
-
-        def zeros(*shape):
-            shape = *shape, c["num_key_value_heads"], c["head_dim"]
-            return [torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
-                    for _ in range(c["num_hidden_layers"])]
-        self.h = c["num_attention_heads"] // c["num_key_value_heads"]
-        self.prompt_k, self.prompt_v = (zeros(n_prompts, longest_prompt) for _ in range(2))
-        self.own_k, self.own_v = (zeros(n_rows, max_new_tokens) for _ in range(2))
+        K, D = c["num_key_value_heads"], c["head_dim"]
+        self.first_own = n_prompts * longest_prompt  # where the rows' own tokens begin
+        self.k, self.v = ([torch.zeros(self.first_own + n_rows * max_new_tokens, K, D,
+                                       dtype=model.compute_dtype, device=model.device)
+                           for _ in range(c["num_hidden_layers"])] for _ in range(2))
+        self.prompt_k, self.prompt_v = ([x[:self.first_own].view(n_prompts, -1, K, D) for x in xs]
+                                        for xs in (self.k, self.v))
+        self.own_k, self.own_v = ([x[self.first_own:].view(n_rows, -1, K, D) for x in xs]
+                                  for xs in (self.k, self.v))
+        self.h = c["num_attention_heads"] // K
         self.n_cached_P = torch.zeros(n_prompts, dtype=torch.int32, device=model.device)
         self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
         self.n_prompts, self.n_places, self.longest = n_prompts, n_prompts, longest_prompt
@@ -113,29 +118,27 @@ class FlashCache:
 
     def look_at(self, seat_R, t_R, n_own):
         """As engine.CachedAttention."""
-        def ends(n, length):
-            return torch.arange(n + 1, dtype=torch.int32, device=t_R.device) * length
-        R, P, h, G = len(t_R), self.n_prompts, self.h, self.G
+        def numbers(n):
+            return torch.arange(n, dtype=torch.int32, device=t_R.device)
+        R, P, h, G, T = len(t_R), self.n_prompts, self.h, self.G, self.own_k[0].shape[1]
         self.seat_R, self.t_R = seat_R, t_R
         self.alone_R = (self.n_cached_P == 0)[seat_R // G]
+        self.row_Q = torch.cat([self.row_S[:P * G], numbers(R).long()])
+        query_ends = torch.cat([numbers(P) * (G * h), P * G * h + numbers(R + 1) * h])
+        key_starts = torch.cat([numbers(P) * self.longest, self.first_own + numbers(R + 1) * T])
         n_own_R = (t_R + 1).clamp(max=n_own).int()  # a row that has ended may be longer
-        self.own = (ends(R, h), ends(R, self.own_k[0].shape[1]), h, n_own), n_own_R
-        self.prompts = (ends(P, G * h), ends(P, self.longest), G * h, self.longest
-                        ), self.n_cached_P[:P]
+        self.sizes = query_ends, key_starts, G * h, max(self.longest, n_own)
+        self.n_keys = torch.cat([self.n_cached_P[:P], n_own_R])
 
     def attend(self, number, q_RhKD):
         """The rows' attention: (R, K·h·D)."""
-        R, h, K, D = q_RhKD.shape
-        q_ShKD = q_RhKD.index_select(0, self.row_S[:self.n_prompts * self.G])
-
-        def flash(q, k, v, sizes, n_keys):
-            no_dropout, not_causal, no_mask_back = 0.0, False, False
-            out, lse = flash_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *sizes,
-                                       no_dropout, not_causal, no_mask_back, seqused_k=n_keys)[:2]
-            return out.view(q.shape), lse.view(K, -1, h)
-        own = flash(q_RhKD, self.own_k[number], self.own_v[number], *self.own)
-        prompt = flash(q_ShKD, self.prompt_k[number], self.prompt_v[number], *self.prompts)
-        return weigh(*own, *prompt, self.seat_R, self.alone_R)
+        q_QhKD = q_RhKD.index_select(0, self.row_Q)
+        no_dropout, not_causal, no_mask_back = 0.0, False, False
+        out, lse = flash_attention(q_QhKD.flatten(0, 1), self.k[number], self.v[number],
+                                   *self.sizes, no_dropout, not_causal, no_mask_back,
+                                   seqused_k=self.n_keys)[:2]
+        return weigh(out.view(q_QhKD.shape), lse.view(len(lse), -1, self.h), self.seat_R,
+                     self.alone_R)
 
     def store_prompts(self, places, length_n, keys, values):
         """As engine.CachedAttention: the last token of a prompt stays out."""
@@ -176,7 +179,7 @@ def draw_in_blocks(logit_RV, u_RU, temperature, top_p):
 def block_masses(logit_RV, temperature):
     """Of each block the largest logit / temperature, and Σ exp(logit / temperature − largest)."""
     x_RBX = blocks(logit_RV) / temperature
-    top_RB = x_RBX.amax(-1).clamp(min=-1e30)  # of tokens without probability it is lower still
+    top_RB = x_RBX.amax(-1).clamp(min=NOTHING)
     return top_RB, (x_RBX - top_RB[..., None]).exp().sum(-1)
 
 
@@ -229,13 +232,12 @@ def block_of(logit_RV, block_RU):
     token_RUX = block_RU[..., None] * BLOCK + torch.arange(BLOCK, device=logit_RV.device)
     inside_RUX = token_RUX < V
     logit_RUX = logit_RV.gather(1, token_RUX.clamp(max=V - 1).flatten(1)).view(token_RUX.shape)
-    return torch.where(inside_RUX, logit_RUX, torch.finfo(logit_RV.dtype).min)
+    return torch.where(inside_RUX, logit_RUX, NOTHING)
 
 
 def blocks(x_RV):
     """(R, V) as (R, B, BLOCK); what fills the last block has no probability."""
-    nothing = torch.finfo(x_RV.dtype).min
-    return F.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=nothing).view(len(x_RV), -1, BLOCK)
+    return F.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=NOTHING).view(len(x_RV), -1, BLOCK)
 
 
 def below(x):

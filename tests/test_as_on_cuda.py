@@ -91,8 +91,8 @@ def test_a_sampler_is_kept_for_one_way_of_choosing_only(as_on_cuda, monkeypatch)
     model = Qwen2.from_pretrained("tiny")
     first = sampled(model)
 
-    def either(model, hidden_RC, u_RU, temperature, top_p, likeliest):
-        return choose(model, hidden_RC, u_RU, 0.0 if likeliest else temperature, top_p)
+    def either(model, hidden_RC, u_RU, fast, temperature, top_p, likeliest):
+        return choose(model, hidden_RC, u_RU, fast, 0.0 if likeliest else temperature, top_p)
     for likeliest in (False, True, False):
         monkeypatch.setattr(rollout, "choose", partial(either, likeliest=likeliest))
         assert (sampled(model) == first) == (not likeliest)

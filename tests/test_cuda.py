@@ -74,7 +74,7 @@ def test_captured_steps_equal_plain_ones(folder, monkeypatch, top_p):
     def rollouts(model):
         for step in range(2):  # the second call finds the first one's graphs, and newer weights
             yield generate(model, random_batch()[0], 8, 70, 1.0, top_p, seed=1, step=step,
-                           max_rows=12)
+                           max_rows=16)
             with torch.no_grad():
                 for p in model.parameters():
                     p.mul_(1.01)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import SHAPES, theirs
 
-from model import Qwen2
+from model import NOTHING, Qwen2
 from plumbing import engine, fast_decode
 from plumbing.engine import CachedAttention, Sampler
 from plumbing.fast_decode import FlashCache, decode, draw_in_blocks, fast_works
@@ -43,7 +43,7 @@ class Fast(Sampler):
                          *rest)
         self.attention = FlashCache(model, n_rows, n_prompts, group_size, longest_prompt,
                                     max_new_tokens)
-        self.forward = engine.partial(decode, model)
+        self.forward, self.fast, self.fewest = engine.partial(decode, model), True, 2
 
 
 @pytest.mark.parametrize("shape", [0, 3, 4, 6, 7], ids=lambda i: str(SHAPES[i]))
@@ -92,7 +92,7 @@ def test_drawing_in_blocks_is_drawing(top_p, V):
 
 
 def test_drawing_in_blocks_never_takes_a_token_without_probability():
-    logp_RV = torch.full((4, 2500), torch.finfo(torch.float32).min)
+    logp_RV = torch.full((4, 2500), NOTHING)
     logp_RV[0, 3], logp_RV[1, 1024], logp_RV[2, 2499] = 0, 0, 0
     logp_RV[3, [1023, 2048]] = -0.6931472
     for u in (0.0, 0.25, 0.5, 1 - 2**-24):
