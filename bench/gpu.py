@@ -4,7 +4,8 @@ What it does    claims first (the tests of tests/test_cuda.py; a run of train.py
                 stopped and resumed), then speed and memory: decoding, the update, the paper's step,
                 kernels, the micro-batch that fits; TRL's step where TRL is installed. Each part
                 adds to bench/results/gpu-<device>.md and .json when it ends, so that a run cut
-                short leaves what it had. The exit code is 0 only if every claim held.
+                short leaves what it had. The exit code is 0 only if every claim held. Last, where
+                bitsandbytes is installed, 1.5B in the memory of a card of 24 GB.
 Not here        what is measured: ours.py; comparisons on a CPU: __main__.py.
 Run it alone    python -m bench gpu --device cpu --quick       every part, tiny, without a GPU
 Where to fork   a part is a function of (args, size) that yields rows of (measure, value) and calls
@@ -29,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import ours, peers
+from bench.fits import CARD_BYTES, LONGEST
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
 from plumbing import engine
@@ -36,17 +38,17 @@ from plumbing.engine import sampler_for
 from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
 from plumbing.metrics import peak_memory_gib
-from plumbing.run import groups_that_fit, peak_bytes
+from plumbing.run import groups_that_fit, groups_that_run, peak_bytes
 from rollout import choose, flat_batch, generate, n_draws
 
 PROMPT = 172  # tokens: GSM8K's training prompts with the system instruction have about as many
 CARD = SimpleNamespace(
-    shape="qwen2.5-0.5b", rows=(64, 256, 1024), new_tokens=128, prompt=PROMPT,
+    shape="qwen2.5-0.5b", large="qwen2.5-1.5b", rows=(64, 256, 1024), new_tokens=128, prompt=PROMPT,
     updates=((16, 4, 128), (64, 8, 256)), tests=["tests/test_cuda.py"], first_tokens=8192,
     flags="--validation-problems 16 --prompts-per-step 16 --checkpoint-every 2 --test-problems 8 "
           "--max-new-tokens 128")
 TINY_SIZE = SimpleNamespace(
-    shape="0.8m", rows=(4, 8), new_tokens=8, prompt=12, updates=((2, 2, 8),),
+    shape="0.8m", large="0.8m", rows=(4, 8), new_tokens=8, prompt=12, updates=((2, 2, 8),),
     tests=["tests/test_as_on_cuda.py", "-k", "captured"], first_tokens=88,
     flags="--validation-problems 4 --prompts-per-step 2 --group-size 2 --minibatches 1 "
           "--checkpoint-every 2 --test-problems 2 --max-new-tokens 8")
@@ -238,11 +240,11 @@ def decode_fast(args, size, claim):
         engine.FAST = False
 
 
-def work_of(args, size, P, G, T, model, tokens):
+def work_of(args, size, P, G, T, model, tokens, **flags):
     prompts = ours.make_prompts(P, model.config["vocab_size"], length=size.prompt)
     s = ours.settings(group_size=G, max_new_tokens=T, temperature=0.8, top_p=0.9,
                       rollout_rows=min(P * G, 512), device=args.device, prompts_per_step=P,
-                      tokens_per_microbatch=tokens)
+                      tokens_per_microbatch=tokens, **flags)
     return ours.make_run(model, s), prompts, s
 
 
@@ -272,22 +274,32 @@ def update(args, size, claim):
             counted // s.epochs, ms and ms / s.epochs)
 
 
-def largest_micro_batch(args, size, model, group, claim):
-    """Yields rows; returns the tokens that train.py would choose here."""
-    def bytes_of(n):
-        batch = flat_batch([[1] * size.prompt] * n, [[[1] * size.new_tokens] * 4] * n, args.device)
-        if args.device == "cpu":  # whose peak never falls: nothing to measure
-            model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
-            return 0
-        torch.cuda.empty_cache()
-        return peak_bytes(model, batch, 0.8)
+def bytes_of_groups(args, size, model, n):
+    """The peak of a micro-batch of n groups, above what was there; 0 on a CPU, whose peak never
+    falls."""
+    batch = flat_batch([[1] * size.prompt] * n, [[[1] * size.new_tokens] * 4] * n, args.device)
+    if args.device == "cpu":
+        model.accumulate_gradients(batch, 0.8, lambda logp, chunk: logp.sum())
+        return 0
+    torch.cuda.empty_cache()
+    return peak_bytes(model, batch, 0.8)
+
+
+def groups_by_memory(args, bytes_of, limit=math.inf):
+    """How many groups train.py would put in a micro-batch, were there `limit` bytes in all."""
     bytes_of(1)  # from now on the gradients are there
     if args.device == "cpu":
-        chosen = 4
-    else:
-        torch.cuda.empty_cache()
-        free_bytes = torch.cuda.mem_get_info(args.device)[0]
-        chosen = max(groups_that_fit(free_bytes, bytes_of(1), bytes_of(2)), 1)
+        return 4
+    torch.cuda.empty_cache()
+    free_bytes = min(torch.cuda.mem_get_info(args.device)[0],
+                     limit - torch.cuda.memory_reserved(args.device))
+    return max(groups_that_fit(free_bytes, bytes_of(1), bytes_of(2)), 1)
+
+
+def largest_micro_batch(args, size, model, group, claim):
+    """Yields rows; returns the tokens that train.py would choose here."""
+    bytes_of = partial(bytes_of_groups, args, size, model)
+    chosen = groups_by_memory(args, bytes_of)
     try:
         bytes_of(chosen)
         fits = True
@@ -341,4 +353,46 @@ def paper_step(args, size, claim):
             f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
 
 
-PARTS = (tests, whole_run, decode, decode_fast, update, paper_step)
+def small_card(args, size, claim):
+    """The larger model with 8-bit AdamW in the memory of a card of 24 GB, as README.md has it"""
+    what, on_gpu = f"{size.large} within {CARD_BYTES / 2**30:.0f} GiB", args.device != "cpu"
+    if not importlib.util.find_spec("bitsandbytes"):
+        yield what, "left out: there is no package bitsandbytes here"
+        return
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        all_bytes = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(CARD_BYTES / all_bytes, 1.0))
+    try:
+        P, G, T = size.updates[0]
+        model, seconds = ours.make_model(size.large, args.device, args.dtype), []
+        model.checkpoint_activations = True
+        run, prompts, s = work_of(args, size, P, G, T, model, None, optimizer="adamw8bit")
+        others = ours.make_prompts(2 * P, model.config["vocab_size"], length=LONGEST - 1)
+        for some in (prompts, others):  # the samplers of training and of validation
+            generate(model, some, G, T, 0.8, 0.9, max_rows=P * G)
+        bytes_of = partial(bytes_of_groups, args, size, model)
+        bytes_of(1)
+        run.optimizer.step()  # from now on its state is there
+        n = groups_that_run(bytes_of, min(groups_by_memory(args, bytes_of, CARD_BYTES), P))
+        run.optimizer.zero_grad()
+        s.tokens_per_microbatch = n * (size.prompt + G * T)
+        for _ in range(2):
+            sampled, result = ours.timed(lambda: ours.sampling(run, prompts, s), model.device)
+            updated, _ = ours.timed(lambda: ours.updating(run, result, s), model.device)
+            seconds.append(f"{sampled + updated:.2f} s, of which sampling {sampled:.2f} s")
+        claim(f"{what} makes two steps, gradients and weights finite",  # or the update had raised
+              all(p.isfinite().all().item() for p in model.parameters()))
+        yield f"{what}: steps 1 and 2, {P} × {G} × {T} tokens, two updates", "; ".join(seconds)
+        yield "its micro-batches, chosen by memory", f"{s.tokens_per_microbatch:,} tokens"
+        if on_gpu:
+            yield "its memory, at most: in tensors, reserved", (
+                f"{peak_memory_gib(args.device):.2f} GiB, "
+                f"{torch.cuda.max_memory_reserved(args.device) / 2**30:.2f} GiB")
+    finally:
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+PARTS = (tests, whole_run, decode, decode_fast, update, paper_step, small_card)

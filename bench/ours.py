@@ -26,6 +26,8 @@ SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
     "24.9m": (384, 1024, 8, 6, 2, 32000),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
+    "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936),
     "head": (896, 8, 1, 14, 2, 151936)}  # next to nothing but a head
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; its head has more rows
 # Chosen to resemble GSM8K's training prompts under Qwen2.5's tokenizer and a plain template, whose
@@ -37,11 +39,13 @@ def make_model(shape, device="cpu", dtype="fp32", seed=0):
     """A Qwen2 with random weights that never ends a completion by itself."""
     width, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     torch.manual_seed(seed)
-    model = Qwen2(checked_config({
+    config = checked_config({
         "model_type": "qwen2", "hidden_size": width, "intermediate_size": mlp,
         "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": True,
-        "max_position_embeddings": 32768, "rope_theta": 1000000.0})).to(device)
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0})
+    with torch.device(device):
+        model = Qwen2(config)
     model.compute_dtype = DTYPES[dtype]
     model.n_real_ids = min(vocabulary, REAL_IDS)
     if dtype == "tf32":

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ from rollout import flat_batch, generate, sample_answers
 
 HERE = Path(__file__).resolve().parent.parent
 SAMPLE_GROUPS = 1  # chosen: groups per step written to samples.jsonl
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "sgd": 0}  # of an optimizer, a parameter
 
 
 # ------------------------------------------------------------------ begin
@@ -190,8 +192,11 @@ def whole_model(path, args):
 def make_optimizer(model, args):
     if args.optimizer == "sgd":  # plain: for experiments
         return torch.optim.SGD(model.parameters(), lr=args.learning_rate)
-    return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
-                             eps=args.adam_epsilon, weight_decay=0.0, fused=True)
+    adamw = partial(torch.optim.AdamW, fused=True)
+    if args.optimizer == "adamw8bit":  # each 256 numbers of a moment share a scale (2110.02861)
+        from bitsandbytes.optim import AdamW8bit as adamw
+    return adamw(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
+                 eps=args.adam_epsilon, weight_decay=0.0)
 
 
 def try_largest_batch(run, args):
@@ -214,8 +219,8 @@ def try_largest_batch(run, args):
     try:
         n_parameters = sum(p.numel() for p in run.model.parameters())
         n_parameters //= parallel.n_processes() if args.fsdp else 1
-        has_state = run.optimizer.state or args.optimizer == "sgd"
-        adamw_state = torch.empty(0 if has_state else 2 * n_parameters, device=args.device)
+        state_bytes = 0 if run.optimizer.state else STATE_BYTES[args.optimizer] * n_parameters
+        state = torch.empty(int(state_bytes), dtype=torch.uint8, device=args.device)
         generate(run.policy, [prompt] * share, G, args.max_new_tokens, args.temperature,
                  args.top_p, max_rows=args.rollout_rows)
         if args.validate_every <= args.steps:
@@ -232,8 +237,11 @@ def try_largest_batch(run, args):
             free_bytes = torch.cuda.mem_get_info(args.device)[0]
             n_fit = groups_that_fit(free_bytes, bytes_of(1), bytes_of(2))
         n = min(max(n_fit, 1), n_groups)
-        bytes_of(n)
-        del adamw_state
+        if args.tokens_per_microbatch or args.fsdp:  # with it every pass is an exchange
+            bytes_of(n)
+        else:
+            n = groups_that_run(bytes_of, n)
+        del state
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
@@ -260,6 +268,20 @@ def groups_that_fit(free_bytes, peak_of_one, peak_of_two):
     memory stays free (chosen: groups of very unequal lengths are padded inside attention)."""
     bytes_per_group = max(peak_of_two - peak_of_one, 1)
     return int(0.75 * free_bytes - (peak_of_one - bytes_per_group)) // bytes_per_group
+
+
+def groups_that_run(bytes_of, n):
+    """n, halved until a micro-batch of so many groups runs: in the peaks of one group and two the
+    head may hide what a layer takes."""
+    while n > 1:
+        try:
+            bytes_of(n)
+            return n
+        except torch.OutOfMemoryError:
+            n //= 2
+        torch.cuda.empty_cache()
+    bytes_of(1)
+    return 1
 
 
 def git(*words):
@@ -304,14 +326,14 @@ def announce(args, run):
           f"minibatches = {optimizer_steps} optimizer steps")
     print(f"run        {args.steps} steps = {args.steps * optimizer_steps} optimizer steps, "
           f"{args.steps * P / len(run.problems):.2f} passes over the training problems")
-    state_bytes = (16 if args.optimizer == "adamw" else 8) * n_parameters
+    state_bytes = (8 + STATE_BYTES[args.optimizer]) * n_parameters
     if args.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
     # the copy that samples, which fp32 in one process shares with training; the reference
     copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp)
     copies += ["reference"] * (args.beta > 0)
     state_bytes += len(copies) * (2 if args.dtype == "bf16" else 4) * n_parameters
-    held = ["weights", "gradients", *["AdamW state"] * (args.optimizer == "adamw"), *copies]
+    held = ["weights", "gradients", *["AdamW state"] * (args.optimizer != "sgd"), *copies]
     print(f"memory     {state_bytes / 2**30:.2f} GiB for {', '.join(held)} of {n_parameters:,} "
           f"parameters{', in each process' * args.fsdp}; caches of {cache_gib(P, G):.2f} GiB while "
           f"sampling and {cache_gib(len(run.validation), args.validation_samples):.2f} in "
@@ -416,7 +438,8 @@ def in_words(e, args):
         return (f"out of memory ({str(e)[:200].partition(chr(10))[0]}): lower "
                 f"--tokens-per-microbatch (now {args.tokens_per_microbatch}) or --rollout-rows "
                 f"(now {args.rollout_rows}), add --checkpoint-activations, or lower --group-size "
-                "or --max-new-tokens")
+                "or --max-new-tokens" + "; or begin a run with --optimizer adamw8bit" * (
+                    args.optimizer == "adamw" and not args.fsdp))
     if parallel.n_processes() > 1 and isinstance(e, RuntimeError) and (
             "gloo" in str(e).lower() or "nccl" in str(e).lower()):
         return f"lost another process, whose own message says why ({str(e)[:200]})"

@@ -83,7 +83,8 @@ def make_parser():
     add("--steps", type=int, default=1311,
         help="rollouts with their updates; 1,311 are three passes over 7,000 problems")
     add("--stop-after", type=int, default=None, help="end after this step, schedule unchanged")
-    add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="without weight decay")
+    add("--optimizer", choices=["adamw", "adamw8bit", "sgd"], default="adamw",
+        help="without weight decay; adamw8bit: a quarter of AdamW's state, needs bitsandbytes")
     add("--adam-epsilon", type=float, default=1e-8, help="in AdamW's divisor, > 0")
     add("--learning-rate", type=float, default=5e-7, help="peak")
     add("--warmup-steps", type=int, default=140, help="optimizer steps of linear warm-up")
@@ -217,11 +218,17 @@ def check_settings(parser, args, given):
         parser.error(f"--stop-after is {args.stop_after}; expected 1 or more")
     if args.threads > (os.cpu_count() or args.threads):
         parser.error(f"--threads is {args.threads}; this machine has {os.cpu_count()} cores")
+    if args.optimizer == "adamw8bit" and args.fsdp:
+        parser.error("--optimizer adamw8bit keeps its state whole in each process; leave --fsdp "
+                     "away, or take --optimizer adamw")
     if args.fsdp and not parallel.launched():
         parser.error("--fsdp shards the model over several processes; start them with torchrun "
                      "--nproc-per-node N train.py …")
     if args.wandb is not None and importlib.util.find_spec("wandb") is None:
         parser.error("--wandb needs the package wandb: pip install wandb")
+    if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--optimizer adamw8bit needs the package bitsandbytes: pip install "
+                     "bitsandbytes")
     if not 0 < args.adam_epsilon < math.inf:
         parser.error(f"--adam-epsilon is {args.adam_epsilon}; expected a finite value above 0")
     if not args.max_grad_norm > 0:

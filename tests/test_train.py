@@ -171,6 +171,19 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch, as_on_cuda, 
             plumbing.run.try_largest_batch(run, s)
 
 
+def test_a_micro_batch_that_does_not_run_is_halved():
+    def bytes_of(n):
+        tried.append(n)
+        if n > most:
+            raise torch.OutOfMemoryError("no room")
+    for most, expected in ((9, [8]), (3, [8, 4, 2]), (1, [8, 4, 2, 1])):
+        tried = []
+        assert plumbing.run.groups_that_run(bytes_of, 8) == expected[-1] and tried == expected
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        plumbing.run.groups_that_run(bytes_of, 8)
+
+
 def test_the_groups_that_fit_by_hand():
     # one group takes 30, two take 50: 20 a group and 10 beside; three quarters of 200 hold seven
     assert plumbing.run.groups_that_fit(200, 30, 50) == 7
