@@ -3,10 +3,9 @@
 What it does    Runs the project's own code once, on tensors without data (device `meta`) that say
                 they are CUDA's, so that the code takes its CUDA branches. `Count` sees every
                 operation that torch dispatches, and turns it into kernels, bytes and FLOP by a rule
-                for its class. `Compiled` divides a function under torch.compile into kernels. A
-                change of the code changes the count.
-Not here        a measurement (gpu.py). Caches, overlap and the host have no rule. Of a compiled
-                function only the forward is divided (--compile has a backward, too).
+                for its class. `Compiled` divides a function of plumbing/compiled.py into kernels.
+                A change of the code changes the count.
+Not here        a measurement (gpu.py). Caches, overlap and the host have no rule.
 Run it alone    python -m bench.count              the table
                 python -m bench.count --top 12     and the operations that cost most, by function
 Where to fork   a class of operation is a line of KERNELS; what is counted is a line of WORK.
@@ -25,13 +24,13 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from bench import gpu, ours
 from bench.report import ROOT, table
 from plumbing.engine import Sampler, places_for
-from rollout import Rollout, n_draws, sample
+from rollout import Rollout, choose, n_draws
 
 # Of an H100, from bench/results and the profiles behind bench/README.md.
 FLOPS = 771e12       # a second: a bf16 product of 8192³
@@ -207,8 +206,9 @@ class Compiled:
     """The kernels of one compiled function, by three rules of torch's compiler.
 
     1. Elementwise operations and gathers cost nothing: who uses their value computes it again.
-    2. A sum over an axis or along it (REDUCES) ends a kernel. So does a copy into another order of
-       a value that needs more than REALIZES tensors.
+    2. A sum over an axis or along it (REDUCES) ends a kernel; one over the same rows that needs its
+       result goes on in that kernel. A copy into another order of a value that needs more than
+       REALIZES tensors ends a kernel, too.
     3. Values that end at the same level (as many kernels after each other) over as many elements
        share one kernel. What the function returns or changes is stored by one, too.
     """
@@ -216,6 +216,7 @@ class Compiled:
 
     def __init__(self):
         self.made = {}    # storage: (tensor, its level, traffic of each tensor that it needs)
+        self.rows = {}    # (level, elements): results of the sums in that kernel
         self.stored = {}  # (level, elements): (traffic that it reads, traffic that it writes)
 
     def needs(self, x):
@@ -246,7 +247,11 @@ class Compiled:
                 self.end(x)
             return False
         if name in REDUCES:
-            self.store(level, max(x.numel() for x in inputs), reads, outs[0])
+            n = max(x.numel() for x in inputs)
+            if self.rows.get((level - 1, n)) == outs[0].numel():
+                level -= 1
+            self.rows[level, n] = outs[0].numel()
+            self.store(level, n, reads, outs[0])
         elif name in WRITES | SCATTERS:
             self.store(level, inputs[-1].numel(), reads, inputs[-1])
         else:
@@ -311,11 +316,39 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
         q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)[0]
 
 
-def stand_in_for_compile(function, **settings):
+def stand_in_for_compile(function, arguments):
+    """`function`; while a Count is on, its kernels and those of its backward are noted."""
     def run(*args):
         mode = _get_current_dispatch_mode()
-        return mode.run_compiled(function, *args) if isinstance(mode, Count) else function(*args)
+        if not isinstance(mode, Count):
+            return function(*args)
+        leaves = [x for x in tensors(args) if x.requires_grad]
+        if torch.is_grad_enabled() and leaves:
+            return WithBackward.apply(function, args, *leaves)
+        return mode.run_compiled(function, *args)
     return run
+
+
+class WithBackward(torch.autograd.Function):
+    """A compiled function whose backward is compiled, too: what it needs of the forward it computes
+    again, but for sums, from the arguments."""
+
+    @staticmethod
+    def forward(ctx, function, args, *leaves):
+        ctx.function, ctx.args = function, args
+        return _get_current_dispatch_mode().run_compiled(function, *args)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        def backward_of(gradient):
+            copies = tree_map(lambda x: x.detach().requires_grad_(x.requires_grad)
+                              if isinstance(x, torch.Tensor) else x, ctx.args)
+            with torch.enable_grad():
+                out = ctx.function(*copies)
+            return torch.autograd.grad(out, [x for x in tensors(copies) if x.requires_grad],
+                                       gradient)
+        backward_of.__name__ = ctx.function.__name__ + "_backward"
+        return None, None, *_get_current_dispatch_mode().run_compiled(backward_of, gradient)
 
 
 @contextmanager
@@ -329,7 +362,8 @@ def like_cuda(packs=True, fast=False):
         for target, stand_in in {
                 "torch.Tensor.is_cuda": property(lambda self: True),
                 "torch.cuda.graph_pool_handle": lambda: None, "torch.cuda.Stream": lambda: None,
-                "torch.compile": stand_in_for_compile,
+                "plumbing.compiled.runs_on": lambda device: True,
+                "plumbing.compiled.checked": stand_in_for_compile,
                 "torch.nn.functional.scaled_dot_product_attention": attention,
                 "torch.nn.functional.rms_norm":
                     lambda x, shape, weight, eps: RMSNorm.apply(x, weight),
@@ -354,7 +388,7 @@ def decode(rows, fast=False, shape="qwen2.5-0.5b", new_tokens=gpu.CARD.new_token
         sampler = Sampler(  # would dispatch composites whole
             make_model(shape).for_sampling(), -(-gpu.PROMPT // 128) * 128,
             *places_for(rows // 4, 4, rows), 4, new_tokens, n_draws(0.9),
-            partial(sample, temperature=0.8, top_p=0.9))
+            partial(choose, temperature=0.8, top_p=0.9))
         sampler.resize(rows)
         count.operations.clear()
         sampler.step(new_tokens)
