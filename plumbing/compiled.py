@@ -59,6 +59,9 @@ def checked(function, arguments):
 
 def outcome(function, arguments):
     """All floating-point results, in fp32, and the gradients of their sum."""
+    def same(x):
+        return x
+
     def copied(x):
         if not torch.is_tensor(x):
             return x
@@ -67,9 +70,11 @@ def outcome(function, arguments):
         torch._dynamo.maybe_mark_dynamic(copy, 0)  # compiled for any length of the first axis
         return copy.requires_grad_(leaf)
     copies = tree_map(copied, arguments)
-    results = [x for x in tree_leaves(function(*copies))
-               if torch.is_tensor(x) and x.is_floating_point()]
-    leaves = [x for x in tree_leaves(copies) if torch.is_tensor(x) and x.requires_grad]
-    if torch.is_grad_enabled() and leaves:
-        results += torch.autograd.grad([x.sum() for x in results], leaves)
+    # activation checkpointing around this must not count what is saved here
+    with torch.autograd.graph.saved_tensors_hooks(same, same):
+        results = [x for x in tree_leaves(function(*copies))
+                   if torch.is_tensor(x) and x.is_floating_point()]
+        leaves = [x for x in tree_leaves(copies) if torch.is_tensor(x) and x.requires_grad]
+        if torch.is_grad_enabled() and leaves:
+            results += torch.autograd.grad([x.sum() for x in results], leaves)
     return [x.detach().float().clamp(-LARGEST, LARGEST) for x in results]

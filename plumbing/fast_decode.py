@@ -29,7 +29,7 @@ LARGEST_DIFFERENCE = 0.05  # chosen, of hidden states beside their norm: bf16 ro
 def decode(model, ids_R, positions_R, cache):
     """The hidden states that predict the next token of each row: (R, width)."""
     eps, K = model.config["rms_norm_eps"], model.config["num_key_value_heads"]
-    rotary = rotary_table(positions_R, model.config, model.compute_dtype)
+    rotary = [x.index_select(0, positions_R) for x in cache.rotary]
     x = F.embedding(ids_R, model.model["embed_tokens"].weight)
     y = torch.zeros_like(x)
     for number, layer in enumerate(model.model["layers"]):
@@ -107,6 +107,9 @@ class FlashCache:
         self.own_k, self.own_v = ([x[self.first_own:].view(n_rows, -1, K, D) for x in xs]
                                   for xs in (self.k, self.v))
         self.h = c["num_attention_heads"] // K
+        positions = torch.arange(longest_prompt + max_new_tokens, device=model.device)
+        self.rotary = rotary_table(positions, c, model.compute_dtype)
+        self.ends = {}  # (rows, prompts): what of `look_at` depends on these alone
         self.n_cached_P = torch.zeros(n_prompts, dtype=torch.int32, device=model.device)
         self.row_S = torch.zeros(n_prompts * group_size, dtype=torch.int64, device=model.device)
         self.n_prompts, self.n_places, self.longest = n_prompts, n_prompts, longest_prompt
@@ -118,17 +121,25 @@ class FlashCache:
 
     def look_at(self, seat_R, t_R, n_own):
         """As engine.CachedAttention."""
-        def numbers(n):
-            return torch.arange(n, dtype=torch.int32, device=t_R.device)
-        R, P, h, G, T = len(t_R), self.n_prompts, self.h, self.G, self.own_k[0].shape[1]
+        R, P, G = len(t_R), self.n_prompts, self.G
+        if (R, P) not in self.ends:
+            self.ends[R, P] = self.ends_of(R, P)
+        row_R, query_ends, key_starts = self.ends[R, P]
         self.seat_R, self.t_R = seat_R, t_R
         self.alone_R = (self.n_cached_P == 0)[seat_R // G]
-        self.row_Q = torch.cat([self.row_S[:P * G], numbers(R).long()])
-        query_ends = torch.cat([numbers(P) * (G * h), P * G * h + numbers(R + 1) * h])
-        key_starts = torch.cat([numbers(P) * self.longest, self.first_own + numbers(R + 1) * T])
+        self.row_Q = torch.cat([self.row_S[:P * G], row_R])
         n_own_R = (t_R + 1).clamp(max=n_own).int()  # a row that has ended may be longer
-        self.sizes = query_ends, key_starts, G * h, max(self.longest, n_own)
+        self.sizes = query_ends, key_starts, G * self.h, max(self.longest, n_own)
         self.n_keys = torch.cat([self.n_cached_P[:P], n_own_R])
+
+    def ends_of(self, R, P):
+        """Numbers of R rows; where the queries of each sequence end, and its keys begin."""
+        def numbers(n):
+            return torch.arange(n, dtype=torch.int32, device=self.row_S.device)
+        h, G, T = self.h, self.G, self.own_k[0].shape[1]
+        return (numbers(R).long(),
+                torch.cat([numbers(P) * (G * h), P * G * h + numbers(R + 1) * h]),
+                torch.cat([numbers(P) * self.longest, self.first_own + numbers(R + 1) * T]))
 
     def attend(self, number, q_RhKD):
         """The rows' attention: (R, K·h·D)."""
@@ -183,7 +194,6 @@ def block_masses(logit_RV, temperature):
     return top_RB, (x_RBX - top_RB[..., None]).exp().sum(-1)
 
 
-@compiled
 def draws(logit_RV, u_RU, top_RB, mass_RB, temperature):
     """For each u a token and its logit / temperature, (R, U); the largest of all, and Σ exp(logit /
     temperature − largest), (R, 1)."""

@@ -6,6 +6,7 @@ import torch
 
 import model
 from plumbing import compiled
+from rollout import flat_batch
 
 
 @pytest.fixture
@@ -75,4 +76,24 @@ def test_compiled_once_for_all_lengths(as_if_on_cuda, capsys, name, arguments):
             torch.compiler.set_stance("default")
         for a, b in zip(fast, found):
             torch.testing.assert_close(a, b)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile with")
+def test_a_check_inside_a_layer_that_is_computed_twice(as_if_on_cuda, monkeypatch, capsys):
+    """--checkpoint-activations: a function's first run, with its check, is in such a layer."""
+    found = []
+    for on in (False, True):
+        monkeypatch.setattr(compiled, "ON", on)
+        if on:
+            for name in ("swiglu", "rotate"):
+                monkeypatch.setattr(model, name,
+                                    compiled.compiled(getattr(model, name).__wrapped__))
+        qwen = model.Qwen2.from_pretrained("tiny")
+        qwen.checkpoint_activations = True
+        batch = flat_batch([[5, 6, 7], [8, 9]], [[[10, 11], [12]], [[13, 14, 15], [16]]])
+        qwen.accumulate_gradients(batch, 0.7, lambda logp, chunk: logp.square().sum())
+        found.append([p.grad for p in qwen.parameters()])
+    for plain, fast in zip(*found):
+        assert (fast - plain).norm() <= 1e-4 * plain.norm()
     assert capsys.readouterr().err == ""
