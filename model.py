@@ -31,8 +31,9 @@ from plumbing.compiled import compiled
 from plumbing.files import read_json
 from plumbing.packed import PackedSequences, packed_works
 
-HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30}  # chosen: the one fp32 (tokens, V) tensor of the
-# chunked head, 110 and 1,769 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
+# chosen: the fp32 (tokens, V) tensor of the chunked head, 110 and 1,769 tokens of Qwen2.5 (442 with
+# --checkpoint-activations); each chunk adds once to the head's whole gradient
+HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30, "cuda, little memory": 2**28}
 NOTHING = -1e30  # chosen: the logit of probability 0; −inf times a probability of 0 were NaN
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
@@ -307,7 +308,8 @@ class Qwen2(nn.Module):
     def head_in_chunks(self, batch, hidden_MC, temperature):
         """Yields a slice of M, its log-probabilities (M, V) and the head's weights (V, C)."""
         head_VC = self.head_weight[:self.n_head_rows].to(hidden_MC.dtype)
-        chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
+        kind = "cuda" + ", little memory" * self.checkpoint_activations if self.on_cuda else "cpu"
+        chunk_bytes = HEAD_BYTES[kind]
         for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
             logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, head_VC)
             yield chunk, logp_MV, head_VC

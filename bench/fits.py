@@ -19,7 +19,7 @@ from bench.report import table
 from plumbing.engine import Sampler, places_for, prefill
 from plumbing.run import STATE_BYTES, groups_that_fit
 from plumbing.settings import make_parser
-from rollout import flat_batch, n_draws, sample
+from rollout import choose, flat_batch, n_draws
 
 PROMPT, LONGEST = 172, 384  # tokens: of GSM8K's prompts the mean, and room for the longest
 CARD_BYTES = 23 * 2**30  # what a card of 24 GB leaves to torch
@@ -29,7 +29,7 @@ def memory_of(shape, s, card_bytes=CARD_BYTES):
     """({what: bytes} during an update with train.py's settings `s`, n): n groups, at least one, are
     the micro-batch that train.py would choose on a card with so many bytes."""
     parts, G, T = {}, s.group_size, s.max_new_tokens
-    choose = partial(sample, temperature=s.temperature, top_p=s.top_p)
+    chosen = partial(choose, temperature=s.temperature, top_p=s.top_p)
     work = (s.prompts_per_step, G), (s.validation_problems, s.validation_samples)
     with ours.LiveBytes() as live:
         def add(what):
@@ -46,7 +46,7 @@ def memory_of(shape, s, card_bytes=CARD_BYTES):
         twin = model.for_sampling()
         add("copy that samples")
         samplers = [Sampler(twin, LONGEST, *places_for(n, samples, s.rollout_rows), samples, T,
-                            n_draws(s.top_p), choose) for n, samples in work]
+                            n_draws(s.top_p), chosen) for n, samples in work]
         add("caches of both samplers")
 
         def micro_batch(n):

@@ -61,8 +61,9 @@ AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, 
 
 
 def seeds(name):
-    """Of an experiment: five; three in grids; ten where some runs collapse and others do not."""
-    return range({"stress": 10, "reuse": 3, "smollm2_rates": 3}.get(name, 5))
+    """Of an experiment: five; three in grids, and of a larger model; ten where some runs collapse
+    and others do not."""
+    return range({"stress": 10, "reuse": 3, "smollm2_rates": 3, "smollm2_reuse": 3}.get(name, 5))
 
 
 def reuse(epochs, times):
@@ -75,14 +76,11 @@ def stale(arm, steps, times):
     return ARMS[arm] + reuse(2, times) + (f" --stale {steps}" if steps else "")
 
 
-def smollm2(rate, more=""):
-    """{label: flags} of a pretrained model at this learning rate: four arms with two and eight
-    epochs, and one without a clip in a single pass."""
-    runs = [(arm, ARMS[arm], epochs) for epochs in (2, 8) for arm in NOISY]
-    runs.append(("noclip, one pass", ARMS["noclip (α 0)"], 1))
+def smollm2(epochs, rate=PRESETS["smollm2"]["learning_rate"], more=""):
+    """{label: flags} of a pretrained model: four arms with so many passes over a rollout."""
     return {f"{arm} | {epochs} | {rate:g}":
-            f"{SMOLLM2} {flags} --epochs {epochs} --learning-rate {rate:g}{more}"
-            for arm, flags, epochs in runs}
+            f"{SMOLLM2} {ARMS[arm]} --epochs {epochs} --learning-rate {rate:g}{more}"
+            for arm in NOISY}
 
 
 # name -> {label of a cell: flags}
@@ -129,8 +127,8 @@ EXPERIMENTS = {
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
               for epochs in EPOCHS for times in TIMES for arm in FOUR},
     "smollm2": {"base model | – | 0": f"{SMOLLM2} --learning-rate 0 --steps 1 --validate-every 1",
-                **smollm2(PRESETS["smollm2"]["learning_rate"])},
-    "smollm2_rates": {label: flags for rate in SMOLLM2_RATES
-                      for label, flags in smollm2(rate).items()},
-    "smollm2_bf16": smollm2(PRESETS["smollm2"]["learning_rate"], " --dtype bf16"),
+                **smollm2(2)},
+    "smollm2_rates": {label: flags for rate in SMOLLM2_RATES for epochs in (2, 8)
+                      for label, flags in smollm2(epochs, rate).items()},
+    "smollm2_reuse": smollm2(8, more=" --dtype bf16"),
 }

@@ -27,8 +27,9 @@ def on_the_way(row):
 
 # header, key of a row (or a function of it), factor, digits
 ACCURACY = ("accuracy (%)", "test_strict", 100, 1)
+FLEXIBLE = ("flexible (%)", "test_flexible", 100, 1)
 ON_THE_WAY = ("on the way (%)", on_the_way, 100, 1)
-COMPARED = (ACCURACY, ON_THE_WAY)  # columns that are followed by differences
+COMPARED = (ACCURACY, ON_THE_WAY)  # columns that are followed by differences, and FLEXIBLE
 KL = ("KL(old‖new) (10⁻³ nats)", "kl_old_new", 1e3, 2)
 REMOVED = ("gradient a 0.2 clip removes (%)", "clip_removed", 100, 1)
 NORM = ("gradient norm", "gradient_norm", 1, 2)
@@ -37,7 +38,7 @@ LENGTH = ("tokens", "test_n_tokens", 1, 1)
 LEAKAGE = ("leakage (%)", "test_leakage", 100, 1)
 RATIO_LOW, RATIO_HIGH = ("r, 1st percentile", "ratio_p1", 1, 2), ("99th", "ratio_p99", 1, 2)
 SAMPLE_SIZE = ("effective sample size (%)", "effective_sample_size", 100, 1)
-SMOLLM2 = ("smollm2", "smollm2_rates", "smollm2_bf16")
+SMOLLM2 = ("smollm2", "smollm2_rates", "smollm2_reuse")
 LOST = ("optimizer steps lost (%)", lambda row: None if row["failed"] else
         row["skipped_steps"] / row["optimizer_steps"], 100, 0)
 
@@ -59,8 +60,7 @@ TABLES = {
               ("of other tokens' (%)", "removed_others", 100, 1)],
     "token": [ACCURACY, ON_THE_WAY],
     "noise": [ACCURACY, ON_THE_WAY],
-    **{name: [ACCURACY, ON_THE_WAY, FORMAT, LENGTH, LEAKAGE, *map(on_the_way_too, (
-        KL, REMOVED, RATIO_LOW, RATIO_HIGH, SAMPLE_SIZE)), LOST] for name in SMOLLM2},
+    **{name: [ACCURACY, FLEXIBLE, ON_THE_WAY, FORMAT, LENGTH, LEAKAGE, LOST] for name in SMOLLM2},
     "hopeless": [ACCURACY,
                  ("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
@@ -131,7 +131,7 @@ def table(rows, name):
     """The table of an experiment, a line for each of its arms, or one of OWN_TABLES."""
     if name in OWN_TABLES:
         return OWN_TABLES[name](rows)
-    columns = [(*column, AGAINST.get(name, []) if column in COMPARED else [])
+    columns = [(*column, AGAINST.get(name, []) if column in (*COMPARED, FLEXIBLE) else [])
                for column in TABLES[name]]
     header = [*LABELS.get(name, ["arm"]), "seeds"]
     for title, *_, against in columns:
@@ -165,6 +165,19 @@ def rounding_table(rows):
                 for _, key, factor, digits in columns)]
              for label in EXPERIMENTS["noise"] if not label.endswith("fp32")]
     return markdown([*LABELS["noise"], "seeds", *(title for title, *_ in columns)], lines)
+
+
+def ratio_table(rows):
+    """Of a pretrained model in bf16: how far ratios spread on the way, and at the end how much of
+    that is rounding."""
+    columns = [*map(on_the_way_too, (KL, RATIO_LOW, RATIO_HIGH, SAMPLE_SIZE, REMOVED)),
+               ("log-ratios at the end, sd (nats)", "moved_sd", 1, 3),
+               ("of rounding, sd (nats)", "noise_sd", 1, 3),
+               ("gradient that a 0.2 clip loses to rounding (%)", "lost_0.2", 100, 1)]
+    lines = [[label.split(" | ")[0], *(
+        in_numbers(values(rows, "smollm2_reuse", label, key).values(), factor, digits)
+        for _, key, factor, digits in columns)] for label in EXPERIMENTS["smollm2_reuse"]]
+    return markdown(["arm", *(title for title, *_ in columns)], lines)
 
 
 def replay_table(rows):
@@ -292,8 +305,8 @@ def short_table(rows):
 
 OWN_TABLES = {"null": lambda rows: pair_table(rows, NULL),
               "pairs": lambda rows: pair_table(rows, OTHERS), "short": short_table,
-              "rounding": rounding_table, "replay": replay_table, "live": live_table,
-              "rates": rate_table, "cost": cost}
+              "rounding": rounding_table, "ratios": ratio_table, "replay": replay_table,
+              "live": live_table, "rates": rate_table, "cost": cost}
 
 
 def write_readme(rows, path=README):
