@@ -20,8 +20,8 @@ Deviations from the paper (arXiv:2509.21282) and its released recipe; objectives
      step, while the schedule advances. (AdamW would still move by its momentum.)
   4. Old log-probabilities are computed by the trainer, not taken from the sampler: the sampler
      rounds differently, and that difference would look like a ratio (`sampler_gap` is logged).
-  5. The weights are fp32 masters; bf16 is a dtype of computation only (logits included; their
-     softmax is fp32).
+  5. The weights are fp32 masters; bf16 is a dtype of computation only. Logits are fp32 on CUDA and
+     rounded to bf16 on a CPU; their softmax is fp32.
   6. Prompts use our own system instruction.
 
 Words, from large to small: a *step* is one rollout of P·G completions with its updates; an *epoch*
