@@ -43,7 +43,14 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight.to(x.dtype), bias)
+
+
+def product(x, weight, bias=None):
+    """x · weightᵀ + bias. A CPU's sampler has its large weights packed (plumbing/engine.py)."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class RMSNorm(nn.Module):
@@ -237,7 +244,7 @@ class Qwen2(nn.Module):
         """
         if head_VC is None:
             head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
-        logits = F.linear(hidden_NC, head_VC)[:, :self.n_real_ids].float()
+        logits = product(hidden_NC, head_VC)[:, :self.n_real_ids].float()
         if temperature != 1:
             logits.div_(temperature)
         if len(self.nameless_ids):  # not −inf, which times a probability of 0 is NaN

@@ -37,7 +37,7 @@ from plumbing.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from plumbing.engine import places_for
+from plumbing.engine import packs, places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory
 from plumbing.problems import answer_of, prompt_order, split_problems
@@ -310,8 +310,9 @@ def announce(args, run):
     state_bytes = (16 if args.optimizer == "adamw" else 8) * n_parameters
     if args.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
-    # the copy that samples, which fp32 in one process shares with training; the reference
-    copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp)
+    # the copy that samples, which small or on a GPU fp32 in one process shares with training
+    copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp or
+                                   any(packs(p) for p in run.model.parameters()))
     copies += ["reference"] * (args.beta > 0)
     state_bytes += len(copies) * (2 if args.dtype == "bf16" else 4) * n_parameters
     held = ["weights", "gradients", *["AdamW state"] * (args.optimizer == "adamw"), *copies]
