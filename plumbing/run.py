@@ -42,6 +42,7 @@ from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory
 from plumbing.problems import answer_of, prompt_order, split_problems
 from plumbing.reward_file import sha256_of_reward
+from plumbing.settings import warn_of_slow_bf16
 from rewards import GradingError, build_prompt
 from rollout import flat_batch, generate, sample_answers
 
@@ -75,6 +76,8 @@ def begin(args, folder, stopping=()):
     print(f"run        {folder}: --model {args.model} --data {args.data} --objective "
           f"{args.objective}, {args.dtype} on {args.device}, seed {args.seed}"
           + f", {parallel.n_processes()} processes" * (parallel.n_processes() > 1))
+    if first:
+        warn_of_slow_bf16(args)
     try:
         lock = lock_run(folder) if args.resume and first else None
         run = prepare(args, folder)

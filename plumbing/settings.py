@@ -251,6 +251,16 @@ def check_sampling(parser, args):
                      f"(it finds {torch.cuda.device_count()})")
 
 
+def warn_of_slow_bf16(args):
+    """Say so, before hours of it, where bf16 is computed on a processor that has no units for it.
+    No refusal: the results are right, and a rounding can be studied on any machine."""
+    has = torch.cpu.get_capabilities()
+    if (args.dtype == "bf16" and args.device == "cpu" and has["architecture"] == "x86_64"
+            and not (has.get("avx512_bf16") or has.get("amx_bf16"))):
+        print("warning    this processor has neither avx512_bf16 nor amx_bf16: bf16 is several "
+              "times slower on it than --dtype fp32", file=sys.stderr)
+
+
 def chosen_objective(args):
     """The objective of these settings: (ratio, advantage) -> objective, elementwise."""
     settings = {key: getattr(args, key) for key in objective_settings(args.objective)}

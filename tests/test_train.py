@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
 import plumbing.run
 import rewards
 import train
@@ -554,6 +555,22 @@ def test_presets_do_not_depend_on_the_objective_and_hold_the_papers_values():
 def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     run("--epochs", "1", "--minibatches", "1", "--steps", "1")
     assert "keeps every ratio at 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has, dtype, warned", [
+    ({"avx2": True}, "bf16", True), ({"avx2": True}, "fp32", False),
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "bf16", True),
+    ({"avx512_bf16": True}, "bf16", False), ({"amx_bf16": True}, "bf16", False),
+    ({"architecture": "aarch64"}, "bf16", False)])
+def test_bf16_on_a_processor_without_units_for_it_is_warned_about(
+        has, dtype, warned, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
+    for program, flags in ((train, [*SMALL, "--model", "no/such/folder"]),
+                           (evaluate, ["no/such/folder", "--device", "cpu", "--data", "tiny"])):
+        with pytest.raises(SystemExit, match="no/such/folder: neither a model folder"):
+            program.main([*flags, "--dtype", dtype])  # the warning comes first
+        slow = "bf16 is several times slower on it than --dtype fp32"
+        assert (slow in capsys.readouterr().err) == warned
 
 
 # ---------------------------------------------------------------- refusals
