@@ -39,7 +39,7 @@ from plumbing.checkpoint import (
 )
 from plumbing.engine import packs, places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
-from plumbing.hub import is_out_of_memory, keep_freed_memory
+from plumbing.hub import is_out_of_memory, keep_freed_memory, use_threads
 from plumbing.problems import answer_of, prompt_order, split_problems
 from plumbing.reward_file import sha256_of_reward
 from plumbing.settings import warn_of_slow_bf16
@@ -64,7 +64,7 @@ def begin(args, folder, stopping=()):
     and the others begin when it has.
     """
     keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    args.threads = use_threads(args.threads)
     settings = dict(vars(args))
     try:
         args.device = parallel.start(args.device)

@@ -98,7 +98,7 @@ def make_parser():
     add("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
     add("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32",
         help="of the computation; weights and gradients stay fp32")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--threads", type=int, default=None, help="CPU threads; as many as cores are free")
     add("--tokens-per-microbatch", type=int, default=None if on_gpu else 8192,
         help="flat tokens per forward/backward; on CUDA what free memory holds")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
@@ -216,7 +216,7 @@ def check_settings(parser, args, given):
                      f"{args.group_size}")
     if args.stop_after is not None and args.stop_after < 1:
         parser.error(f"--stop-after is {args.stop_after}; expected 1 or more")
-    if args.threads > (os.cpu_count() or args.threads):
+    if (args.threads or 1) > (os.cpu_count() or args.threads):
         parser.error(f"--threads is {args.threads}; this machine has {os.cpu_count()} cores")
     if args.fsdp and not parallel.launched():
         parser.error("--fsdp shards the model over several processes; start them with torchrun "
