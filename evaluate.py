@@ -32,8 +32,9 @@ from evaluation.tables import (
 )
 from model import Qwen2
 from plumbing.files import write_rows, write_whole
-from plumbing.hub import is_out_of_memory, keep_freed_memory, model_folder
+from plumbing.hub import is_out_of_memory, keep_freed_memory, model_folder, use_threads
 from plumbing.latex import ungraded
+from plumbing.settings import warn_of_slow_bf16
 from rewards import SCORERS, answer_rows, build_prompt, extract_answer, grade
 from rollout import room_for, sample_answers
 
@@ -160,6 +161,8 @@ def write_results(args, cells, sides, dropped, opinion=Opinion()):
 def main(argv=None):
     keep_freed_memory()
     args = read_settings(argv)
+    warn_of_slow_bf16(args)
+    use_threads()
     try:
         text, lines = evaluate(args)
     except (ValueError, OSError) as e:

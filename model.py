@@ -47,7 +47,14 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight.to(x.dtype), bias)
+
+
+def product(x, weight, bias=None):
+    """x · weightᵀ + bias. A CPU's sampler has its large weights packed (plumbing/engine.py)."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class RMSNorm(nn.Module):
@@ -180,6 +187,7 @@ class Qwen2(nn.Module):
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
         self.kept_samplers = {}  # of plumbing/engine.py, on CUDA
+        self.packed_head = None  # of a CPU's sampler, by plumbing/engine.py
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -252,6 +260,8 @@ class Qwen2(nn.Module):
         largest part of the noise in a ratio. head_VC: the first `n_head_rows` of the head in the
         dtype of `hidden_NC`, where the caller has them at hand.
         """
+        if head_VC is None:
+            head_VC = self.packed_head
         if head_VC is None:
             head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
         logits = product_in_fp32(hidden_NC, head_VC)
@@ -382,7 +392,7 @@ def product_in_fp32(x_NC, w_VC):
     """x wᵀ: (N, V) fp32; of bf16 on a CPU rounded to bf16 first."""
     if x_NC.is_cuda and x_NC.dtype == torch.bfloat16:
         return torch.mm(x_NC, w_VC.T, out_dtype=torch.float32)
-    return F.linear(x_NC, w_VC).float()
+    return product(x_NC, w_VC).float()
 
 
 @compiled

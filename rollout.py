@@ -314,7 +314,7 @@ def flat_batch(prompts, completions, device="cpu"):
 
 def main():
     from model import Qwen2
-    from plumbing.hub import keep_freed_memory
+    from plumbing.hub import keep_freed_memory, use_threads
     from rewards import Problem, build_prompt
     keep_freed_memory()
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample from a model folder.")
@@ -332,6 +332,7 @@ def main():
     check_sampling(parser, args)
     if args.n < 1:
         parser.error(f"-n is {args.n}; expected 1 or more")
+    use_threads()
     try:
         model = Qwen2.from_pretrained(args.model, args.device)
         prompts = [build_prompt(model.tokenizer, Problem(str(i), q, "0", "number"))

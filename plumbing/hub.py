@@ -2,7 +2,7 @@
 
 What it does    finds a model's folder or fetches it from the hub, checks config.json, reads the
                 weights, names the ids that end a completion; writes each file at once or not at
-                all. Also what concerns the memory of the process.
+                all. Also what concerns memory and threads of the process.
 Not here        the network, which is model.py's. This file does not import it.
 Run it alone    python -m plumbing.hub [NAME or FOLDER …]     the folder and its fingerprint
 Where to fork   another architecture: `FAMILIES` and `checked_config` say what is accepted.
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from plumbing.chat import end_of_turn
 from plumbing.files import hash_file, hub_errors, read_json, write_json, write_whole
 from plumbing.smollm2 import smollm2_folder
 
+PROC_STAT = Path("/proc/stat")
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",  # `model_type` in
             "llama": "LlamaForCausalLM"}  # config.json: what transformers calls the model
@@ -272,7 +274,7 @@ def save_model(folder, weights, config, generation_config, tokenizer_files):
         write_whole(folder / name, content)
 
 
-# ------------------------------------------------------------------ memory of the process
+# ------------------------------------------------------------------ memory and threads
 
 def keep_freed_memory():
     """Have this process keep the memory of freed tensors for the next ones.
@@ -285,6 +287,34 @@ def keep_freed_memory():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def use_threads(n=None):
+    """Compute with n CPU threads; returns n. Without a number: as many as torch takes, but no more
+    than there are cores that no program uses now, and at least one.
+
+    Threads meet after every product of matrices. One that shares its core makes the others wait for
+    it, and spin, which takes a core from it once more: beside one busy program two threads on two
+    cores are slower than one. A number in OMP_NUM_THREADS, as torchrun sets it, stays.
+    """
+    most = torch.get_num_threads()
+    if n is None and most > 1 and "OMP_NUM_THREADS" not in os.environ and PROC_STAT.exists():
+        before, began = busy_seconds(), time.monotonic()
+        time.sleep(0.2)  # chosen: 20 ticks of the kernel's clock
+        n_busy = round((busy_seconds() - before) / (time.monotonic() - began))
+        n = max(1, min(most, os.cpu_count() - n_busy))
+        if n < most:
+            print(f"threads    {n} instead of {most}: other programs keep {n_busy} of "
+                  f"{os.cpu_count()} cores busy", file=sys.stderr)
+    torch.set_num_threads(n or most)
+    return n or most
+
+
+def busy_seconds():
+    """What all cores together have worked since the machine began; what runs under `nice`, which
+    gives way, is not counted."""
+    user, _, system, _, _, irq, softirq, steal = map(int, PROC_STAT.read_text().split()[1:9])
+    return (user + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def is_out_of_memory(e):

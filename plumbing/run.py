@@ -38,11 +38,12 @@ from plumbing.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from plumbing.engine import places_for
+from plumbing.engine import packs, places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
-from plumbing.hub import is_out_of_memory, keep_freed_memory
+from plumbing.hub import is_out_of_memory, keep_freed_memory, use_threads
 from plumbing.problems import answer_of, prompt_order, split_problems
 from plumbing.reward_file import sha256_of_reward
+from plumbing.settings import warn_of_slow_bf16
 from rewards import GradingError, build_prompt
 from rollout import flat_batch, generate, sample_answers
 
@@ -65,7 +66,7 @@ def begin(args, folder, stopping=()):
     and the others begin when it has.
     """
     keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    args.threads = use_threads(args.threads)
     settings = dict(vars(args))
     try:
         args.device = parallel.start(args.device)
@@ -77,6 +78,8 @@ def begin(args, folder, stopping=()):
     print(f"run        {folder}: --model {args.model} --data {args.data} --objective "
           f"{args.objective}, {args.dtype} on {args.device}, seed {args.seed}"
           + f", {parallel.n_processes()} processes" * (parallel.n_processes() > 1))
+    if first:
+        warn_of_slow_bf16(args)
     try:
         lock = lock_run(folder) if args.resume and first else None
         run = prepare(args, folder)
@@ -329,8 +332,9 @@ def announce(args, run):
     state_bytes = (8 + STATE_BYTES[args.optimizer]) * n_parameters
     if args.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
-    # the copy that samples, which fp32 in one process shares with training; the reference
-    copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp)
+    # the copy that samples, which small or on a GPU fp32 in one process shares with training
+    copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp or
+                                   any(packs(p) for p in run.model.parameters()))
     copies += ["reference"] * (args.beta > 0)
     state_bytes += len(copies) * (2 if args.dtype == "bf16" else 4) * n_parameters
     held = ["weights", "gradients", *["AdamW state"] * (args.optimizer != "sgd"), *copies]

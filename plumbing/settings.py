@@ -99,7 +99,7 @@ def make_parser():
     add("--device", default="cuda" if on_gpu else "cpu", help="cpu or cuda")
     add("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32",
         help="of the computation; weights and gradients stay fp32")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--threads", type=int, default=None, help="CPU threads; as many as cores are free")
     add("--tokens-per-microbatch", type=int, default=None if on_gpu else 8192,
         help="flat tokens per forward/backward; on CUDA what free memory holds")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
@@ -216,7 +216,7 @@ def check_settings(parser, args, given):
                      f"{args.group_size}")
     if args.stop_after is not None and args.stop_after < 1:
         parser.error(f"--stop-after is {args.stop_after}; expected 1 or more")
-    if args.threads > (os.cpu_count() or args.threads):
+    if (args.threads or 1) > (os.cpu_count() or args.threads):
         parser.error(f"--threads is {args.threads}; this machine has {os.cpu_count()} cores")
     if args.optimizer == "adamw8bit" and args.fsdp:
         parser.error("--optimizer adamw8bit keeps its state whole in each process; leave --fsdp "
@@ -255,6 +255,16 @@ def check_sampling(parser, args):
     if args.device not in ["cpu", *gpus, *(["cuda"] if gpus else [])]:
         parser.error(f"--device is {args.device}; expected cpu, or cuda where torch finds a GPU "
                      f"(it finds {torch.cuda.device_count()})")
+
+
+def warn_of_slow_bf16(args):
+    """Say so, before hours of it, where bf16 is computed on a processor that has no units for it.
+    No refusal: the results are right, and a rounding can be studied on any machine."""
+    has = torch.cpu.get_capabilities()
+    if (args.dtype == "bf16" and args.device == "cpu" and has["architecture"] == "x86_64"
+            and not (has.get("avx512_bf16") or has.get("amx_bf16"))):
+        print("warning    this processor has neither avx512_bf16 nor amx_bf16: bf16 is several "
+              "times slower on it than --dtype fp32", file=sys.stderr)
 
 
 def chosen_objective(args):

@@ -11,6 +11,8 @@ from objectives import noclip, policy_loss
 from plumbing import engine
 from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, sample_slowly, uniform
 
+needs_packing = pytest.mark.skipif(not engine.packs(torch.zeros(engine.PACK_FROM)),
+                                   reason="this processor's products take no packed weights")
 FALSE_ALARM = 1e-6  # chance that a chi-square test below fails though the sampler is right
 
 
@@ -110,6 +112,38 @@ def test_the_fast_sampler_gives_what_the_slow_one_defines(model, machine, temper
     assert (fast.completions, fast.finished) == (slow.completions, slow.finished)
     for one, two in zip(flat(fast.logps), flat(slow.logps), strict=True):
         assert one == pytest.approx(two, abs=2e-5)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
+def test_packed_weights_give_the_log_probs_of_the_weights_as_they_now_are(
+        dtype, rounding, model, monkeypatch):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bf16 is not packed on this processor")
+    monkeypatch.setattr(engine, "PACK_FROM", 1)
+    monkeypatch.setattr(model, "compute_dtype", dtype)
+    twin = model.for_sampling()
+    engine.pack(twin)
+    assert twin.packed_head.is_mkldnn
+    assert {p.is_mkldnn for p in twin.model["layers"].parameters() if p.dim() == 2} == {True}
+    weight = model.model["layers"][0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    try:
+        for factor in (1, -1):  # a rollout packs what the update before it left
+            weight.data.mul_(factor)
+            result = generate(model, some_prompts(), 3, 20, 0.8, seed=4)
+            batch = flat_batch(result.prompts, result.completions)
+            scored, _ = model.completion_log_probs(batch, 0.8)
+            sampled = torch.tensor([x for row in flat(result.logps) for x in row])
+            torch.testing.assert_close(scored, sampled, atol=rounding, rtol=0)
+    finally:
+        weight.data.copy_(before)
+
+
+def test_the_embedded_model_is_not_packed_so_that_recorded_runs_repeat():
+    twin = Qwen2.from_pretrained("tiny").for_sampling()
+    engine.pack(twin)
+    assert twin.packed_head is None and not any(p.is_mkldnn for p in twin.parameters())
 
 
 def test_waves_and_company_change_no_text(model, machine):

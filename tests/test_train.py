@@ -1,4 +1,5 @@
 """train.py: the loop, its settings, resuming, and what it refuses."""
+import itertools
 import json
 import math
 import os
@@ -12,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
 import plumbing.run
 import rewards
 import train
 from model import Qwen2
 from objectives import OBJECTIVES, noclip
-from plumbing import checkpoint, problems
+from plumbing import checkpoint, hub, problems
 from plumbing.files import read_rows
 from plumbing.metrics import exact_log_probs, noise_floor, update_metrics
 from rollout import Rollout
@@ -561,6 +563,53 @@ def test_presets_do_not_depend_on_the_objective_and_hold_the_papers_values():
 def test_one_optimizer_step_per_rollout_is_warned_about(capsys):
     run("--epochs", "1", "--minibatches", "1", "--steps", "1")
     assert "keeps every ratio at 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has, dtype, warned", [
+    ({"avx2": True}, "bf16", True), ({"avx2": True}, "fp32", False),
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "bf16", True),
+    ({"avx512_bf16": True}, "bf16", False), ({"amx_bf16": True}, "bf16", False),
+    ({"architecture": "aarch64"}, "bf16", False)])
+def test_bf16_on_a_processor_without_units_for_it_is_warned_about(
+        has, dtype, warned, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
+    for program, flags in ((train, [*SMALL, "--model", "no/such/folder"]),
+                           (evaluate, ["no/such/folder", "--device", "cpu", "--data", "tiny"])):
+        with pytest.raises(SystemExit, match="no/such/folder: neither a model folder"):
+            program.main([*flags, "--dtype", dtype])  # the warning comes first
+        slow = "bf16 is several times slower on it than --dtype fp32"
+        assert (slow in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("n_busy, given, taken", [
+    (0, None, 4), (0.4, None, 4), (1, None, 3), (2.9, None, 1), (4, None, 1), (1, 2, 2)])
+def test_threads_are_as_many_as_cores_are_free(n_busy, given, taken, monkeypatch, capsys):
+    clock = itertools.count()  # seconds
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(hub.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(hub.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    busy = itertools.count(1000, n_busy)
+    monkeypatch.setattr(hub, "busy_seconds", lambda: next(busy))
+    torch.set_num_threads(4)
+    assert hub.use_threads(given) == taken == torch.get_num_threads()
+    said = f"{taken} instead of 4: other programs keep {round(n_busy)} of 4 cores busy"
+    assert (said in capsys.readouterr().err) == (taken < 4 and given is None)
+
+
+def test_the_number_of_threads_in_the_environment_stays(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(hub, "busy_seconds", lambda: pytest.fail("it looked"))
+    torch.set_num_threads(2)
+    assert hub.use_threads() == 2
+
+
+@pytest.mark.skipif(not hub.PROC_STAT.exists(), reason="no /proc/stat to read")
+def test_busy_seconds_count_what_programs_compute():
+    before, began = hub.busy_seconds(), time.process_time()
+    while time.process_time() - began < 0.2:
+        pass
+    assert hub.busy_seconds() - before > 0.15
 
 
 # ---------------------------------------------------------------- refusals
