@@ -9,7 +9,8 @@ Not here        cached decoding (plumbing/engine.py), the loss (objectives.py), 
                 (plumbing/hub.py).
 Run it alone    python model.py [NAME_OR_FOLDER]     parameter table, difference from transformers
 Where to fork   another family: `Attention` and `rotary_table` hold what differs between those here,
-                by the `model_type` of config.json; FAMILIES in plumbing/hub.py names them.
+                by the `model_type` of config.json; FAMILIES in plumbing/hub.py names them; `decode`
+                in plumbing/fast_decode.py is CUDA's second way through the layers.
 
 Axis letters: N flat tokens, M completion tokens among them (within the head's loop: those of one
 chunk), C model width, H query heads, K key/value heads, D head width, V vocabulary; inside
@@ -244,7 +245,8 @@ class Qwen2(nn.Module):
         """log softmax(logits / temperature): (N, n_head_rows) fp32, nats.
 
         The one definition of probability: the sampler, the old, new and reference policy and the
-        entropy all come from here. head_VC: as in `masked_logits`.
+        entropy all come from here (on CUDA a large rollout adds up the same logits in blocks,
+        plumbing/fast_decode.py). head_VC: as in `masked_logits`.
         """
         logits = self.masked_logits(hidden_NC, head_VC)
         if logits.is_cuda:
@@ -408,7 +410,7 @@ def entropy_of(logp_MV):
 
 
 def logit_gradient(logp_MV, target_M1, g_M1, dtype):
-    """g · (1[token] − softmax): (M, V) in dtype. Overwrites logp_MV where it can."""
+    """g · (1[token] − softmax): (M, V) in dtype. Overwrites logp_MV on a CPU."""
     if logp_MV.is_cuda:
         return logit_gradient_at_once(logp_MV, target_M1, g_M1, dtype)
     return logp_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1).to(dtype)

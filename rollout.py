@@ -199,8 +199,8 @@ def inverse_cdf(cdf_RV, u_R):
 def choose(model, hidden_RC, u_RU, fast, temperature, top_p):
     """The next token of each row and its log-probability: (R,) int64, (R,) fp32.
 
-    hidden_RC: what predicts it, of `model`. fast: in CUDA's own way, where it has one. The rest as
-    in `sample`.
+    hidden_RC: what predicts it, of `model`. fast: a large rollout on CUDA, which has a way of its
+    own for a temperature above 0 and a large top-p. The rest as in `sample`.
     """
     if fast and temperature > 0 and top_p >= SORT_BELOW:
         return draw_in_blocks(model.masked_logits(hidden_RC), u_RU, temperature, top_p)

@@ -4,7 +4,7 @@ What it does    makes the model, the copy that samples, both samplers and the gr
                 torch's meta device, where a tensor has a shape and no memory, runs a decode step
                 and a micro-batch there as on CUDA, and counts the bytes of what is alive.
 Not here        what CUDA itself takes, about 0.5 GiB, and memory that is free in pieces. Attention
-                is counted as a CPU computes it, which is more.
+                is counted as a CPU computes it and the decode step is the plain one: both are more.
 Run it alone    python -m bench.fits qwen2.5-1.5b --optimizer adamw8bit --checkpoint-activations
 Where to fork   a shape is one line in ours.SHAPES; the flags are those of train.py.
 """

@@ -168,10 +168,10 @@ def rounding_table(rows):
 
 
 def ratio_table(rows):
-    """Of a pretrained model in bf16: how far ratios spread on the way, and at the end how much of
-    that is rounding."""
+    """Of a pretrained model in bf16: how far ratios spread on the way, and later how much of that
+    is rounding."""
     columns = [*map(on_the_way_too, (KL, RATIO_LOW, RATIO_HIGH, SAMPLE_SIZE, REMOVED)),
-               ("log-ratios at the end, sd (nats)", "moved_sd", 1, 3),
+               ("log-ratios, sd (nats)", "moved_sd", 1, 3),
                ("of rounding, sd (nats)", "noise_sd", 1, 3),
                ("gradient that a 0.2 clip loses to rounding (%)", "lost_0.2", 100, 1)]
     lines = [[label.split(" | ")[0], *(
@@ -246,8 +246,10 @@ def last_validation(row):
 
 def cost(rows):
     """One sentence: how many runs, and how long they took one core."""
-    hours = sum(row["cpu_seconds"] for row in rows) / 3600
-    return f"{len(rows)} runs, {hours:.1f} hours of one core: half of that on two."
+    on_cpu = [row["cpu_seconds"] for row in rows if "smollm2" not in row["flags"]]
+    others = len(rows) - len(on_cpu)
+    return (f"{len(on_cpu)} runs, {sum(on_cpu) / 3600:.1f} hours of one core: half of that on two"
+            + f"; and {others} of a larger model, on a GPU" * (others > 0) + ".")
 
 
 # pairs of arms that are compared with each other: experiment, first, second

@@ -1,7 +1,7 @@
 """Small functions that torch compiles into one kernel where they run on CUDA.
 
 What it does    `compiled` wraps a function of tensors. On CUDA it is compiled when it first runs,
-                once for all layers and sizes, and its result and gradients are compared with those
+                once for all layers, and what it returns and its gradients are compared with those
                 of the function as it is written; where they differ or torch cannot compile, the
                 latter stays, and a line says so. On a CPU nothing is compiled.
 """
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 LARGEST_DIFFERENCE = 0.02  # chosen, of a result beside its norm: bf16 rounds to 0.004
 LARGEST = 1e4  # chosen: what is larger, the logit of no token, counts as this
-ON = True  # bench/gpu.py turns it off to compare
+ON = True  # tests turn it off to compare
 
 
 def runs_on(device):
@@ -22,9 +22,7 @@ def runs_on(device):
 
 def compiled(function):
     """`function`, compiled where its first argument is on CUDA. The first axis of its arguments may
-    have any length; another length of the others is compiled anew.
-
-    A function that writes into an argument must give the same when it runs twice.
+    have any length; another length of the others, or dtype, is compiled anew, and not checked.
     """
     chosen = {}  # whether gradients are asked for -> what runs then
 

@@ -5,7 +5,8 @@ What it does    `Sampler.run` gives the completions that rollout.sample_slowly d
                 group (`CachedAttention`); rows that have ended make room for rows that wait; on
                 CUDA a step is captured once for each size and replayed.
 Not here        how a token is chosen, and the numbers behind it: rollout.py hands both in.
-Where to fork   `CachedAttention` is the layout of the cache, `Sampler.run` the order of work.
+Where to fork   `CachedAttention` is the layout of the cache (FlashCache in fast_decode.py on CUDA),
+                `Sampler.run` the order of work.
 
 A *row* is a completion in flight; a *place* is where the cache keeps a prompt; a *seat* is one of
 the G seats beside a place. Two prompts with two completions each, after row 1 has ended and the
@@ -30,7 +31,7 @@ import torch
 from model import Linear, SharedPromptAttention
 from plumbing.fast_decode import FlashCache, decode, fast_works
 
-FAST = True  # on CUDA in bf16: the step of fast_decode.py, where its check passes
+FAST = True  # on CUDA in bf16: the step of fast_decode.py; off once its check has failed
 FAST_ROWS = 16  # chosen: with fewer, sampling takes less time than compiling
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
 REFILL = 16  # chosen: 1/16 of the places are filled together, so that new prompts are, too
