@@ -25,6 +25,7 @@ from rollout import generate
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
     "24.9m": (384, 1024, 8, 6, 2, 32000),
+    "135m": (576, 1536, 30, 9, 3, 49152),  # of SmolLM2
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
     "head": (896, 8, 1, 14, 2, 151936)}  # next to nothing but a head
 REAL_IDS = 151_665  # of Qwen2.5's tokenizer; its head has more rows
