@@ -25,6 +25,7 @@ from rollout import generate
 SHAPES = {  # width, MLP, layers, query heads, key/value heads, vocabulary
     "0.8m": (128, 384, 4, 4, 2, 96),
     "24.9m": (384, 1024, 8, 6, 2, 32000),
+    "135m": (576, 1536, 30, 9, 3, 49152),  # of SmolLM2
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
     "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936),
