@@ -60,6 +60,37 @@ def test_the_faster_step_gives_the_plain_completions(shape, kernel, monkeypatch,
         torch.testing.assert_close(torch.tensor(one), torch.tensor(two), atol=1e-5, rtol=0)
 
 
+def kernel_without_the_host(q_NKD, k_JKD, v_JKD, query_ends, key_starts, longest_q, longest_k,
+                            *rest, seqused_k):
+    """As `kernel_in_words`, but no number is read by the host: which query sees which key is a mask
+    of all queries and all keys."""
+    query_N, key_J = torch.arange(len(q_NKD)), torch.arange(len(k_JKD))
+    owns_BN = (query_N >= query_ends[:-1, None]) & (query_N < query_ends[1:, None])
+    starts_B1 = key_starts[:-1, None]
+    has_BJ = (key_J >= starts_B1) & (key_J < starts_B1 + seqused_k[:, None])
+    sees_NJ = (owns_BN.T.double() @ has_BJ.double()) > 0
+    score_KNJ = q_NKD.transpose(0, 1) @ k_JKD.permute(1, 2, 0) * q_NKD.shape[-1]**-0.5
+    score_KNJ = score_KNJ.masked_fill(~sees_NJ, -torch.inf)
+    out_KND = score_KNJ.softmax(-1).nan_to_num() @ v_JKD.transpose(0, 1)
+    lse_KN = score_KNJ.logsumexp(-1)
+    lse_KN = torch.where(lse_KN == -torch.inf, torch.inf, lse_KN)
+    return out_KND.transpose(0, 1).contiguous(), lse_KN
+
+
+def test_the_faster_step_is_captured_and_replayed_as_on_cuda(as_on_cuda, monkeypatch):
+    """A captured step may make no tensor of Python numbers, and nothing that a later one lacks."""
+    monkeypatch.setattr(fast_decode, "flash_attention", kernel_without_the_host)
+    work = (Qwen2.from_pretrained("tiny"), [[5, 6, 7, 8], [9], [10, 11]], 6, 20, 0.8, 0.9, 1)
+    plain = generate(*work, max_rows=12)
+    work[0].kept_samplers.clear()
+    monkeypatch.setattr(engine, "Sampler", Fast)
+    for _ in range(2):  # the second finds the captured steps of the first
+        fast = generate(*work, max_rows=12)
+        assert fast.completions == plain.completions
+    (sampler,) = work[0].kept_samplers.values()
+    assert isinstance(sampler, Fast) and len(sampler.graphs) > 2
+
+
 def test_a_step_that_errs_is_not_used_and_the_run_says_so(kernel, monkeypatch, capsys):
     with torch.inference_mode():
         model = Qwen2.from_pretrained("tiny").for_sampling()
