@@ -32,9 +32,8 @@ from plumbing.compiled import compiled
 from plumbing.files import read_json
 from plumbing.packed import PackedSequences, packed_works
 
-# chosen: the fp32 (tokens, V) tensor of the chunked head, 110 and 1,769 tokens of Qwen2.5 (442 with
-# --checkpoint-activations); each chunk adds once to the head's whole gradient
-HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30, "cuda, little memory": 2**28}
+HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30}  # chosen: the fp32 (tokens, V) tensor of the chunked
+# head, 110 and 1,769 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
 NOTHING = -1e30  # chosen: the logit of probability 0; −inf times a probability of 0 were NaN
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of activations
 
@@ -237,6 +236,12 @@ class Qwen2(nn.Module):
         products of another width take twice as long on an H100."""
         return min(-(-self.n_real_ids // 8) * 8, self.config["vocab_size"])
 
+    def head_rows(self, dtype):
+        """(V, C): the first `n_head_rows` of the head in this dtype; of a CPU's sampler packed."""
+        if self.packed_head is not None:
+            return self.packed_head
+        return self.head_weight[:self.n_head_rows].to(dtype)
+
     def logits(self, hidden_NC):
         """(N, V) in the dtype of `hidden_NC`."""
         return F.linear(hidden_NC, self.head_weight.to(hidden_NC.dtype))
@@ -259,13 +264,11 @@ class Qwen2(nn.Module):
         """(N, n_head_rows) fp32; that of an id without a token is NOTHING.
 
         On CUDA they are fp32 whatever the dtype of what flows: rounded to bf16 they would be the
-        largest part of the noise in a ratio. head_VC: the first `n_head_rows` of the head in the
-        dtype of `hidden_NC`, where the caller has them at hand.
+        largest part of the noise in a ratio. head_VC: `head_rows` in the dtype of `hidden_NC`,
+        where the caller has them at hand.
         """
         if head_VC is None:
-            head_VC = self.packed_head
-        if head_VC is None:
-            head_VC = self.head_weight[:self.n_head_rows].to(hidden_NC.dtype)
+            head_VC = self.head_rows(hidden_NC.dtype)
         logits = product_in_fp32(hidden_NC, head_VC)
         logits[:, self.n_real_ids:].fill_(NOTHING)
         if len(self.nameless_ids):
@@ -319,9 +322,10 @@ class Qwen2(nn.Module):
     @torch.no_grad()
     def head_in_chunks(self, batch, hidden_MC, temperature):
         """Yields a slice of M, its log-probabilities (M, V) and the head's weights (V, C)."""
-        head_VC = self.head_weight[:self.n_head_rows].to(hidden_MC.dtype)
-        kind = "cuda" + ", little memory" * self.checkpoint_activations if self.on_cuda else "cpu"
-        chunk_bytes = HEAD_BYTES[kind]
+        head_VC = self.head_rows(hidden_MC.dtype)
+        chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
+        if self.on_cuda and self.checkpoint_activations:
+            chunk_bytes //= 4
         for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
             logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, head_VC)
             yield chunk, logp_MV, head_VC

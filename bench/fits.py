@@ -21,7 +21,8 @@ from plumbing.run import STATE_BYTES, groups_that_fit
 from plumbing.settings import make_parser
 from rollout import choose, flat_batch, n_draws
 
-PROMPT, LONGEST = 172, 384  # tokens: of GSM8K's prompts the mean, and room for the longest
+PROMPT = 172  # tokens: GSM8K's training prompts with the system instruction have about as many
+LONGEST = 384  # tokens: room for the longest of them
 CARD_BYTES = 23 * 2**30  # what a card of 24 GB leaves to torch
 
 

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import ours, peers
-from bench.fits import CARD_BYTES, LONGEST
+from bench.fits import CARD_BYTES, LONGEST, PROMPT
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
 from plumbing import engine
@@ -42,7 +42,6 @@ from plumbing.metrics import peak_memory_gib
 from plumbing.run import groups_that_fit, groups_that_run, peak_bytes
 from rollout import choose, flat_batch, generate, n_draws
 
-PROMPT = 172  # tokens: GSM8K's training prompts with the system instruction have about as many
 CARD = SimpleNamespace(
     shape="qwen2.5-0.5b", large="qwen2.5-1.5b", rows=(64, 256, 1024), new_tokens=128, prompt=PROMPT,
     updates=((16, 4, 128), (64, 8, 256)), tests=["tests/test_cuda.py"], first_tokens=8192,

@@ -101,6 +101,12 @@ def in_numbers(x, factor=1, digits=1):
             f"{high:.{digits}f}]")
 
 
+def numbers_of(rows, name, label, columns):
+    """`in_numbers` of a cell in each of these columns."""
+    return [in_numbers(values(rows, name, label, key).values(), factor, digits)
+            for _, key, factor, digits in columns]
+
+
 def difference(x, y):
     """What x is above y, in points, seed by seed: "mean [interval]", and whether that shows one;
     with six seeds or more also the p of `sign_flips` (of fewer it cannot be below 0.05), which then
@@ -161,8 +167,7 @@ def rounding_table(rows):
                     ("the same without noise (%)", f"removed_exact_{limit}", 100, 1),
                     ("gradient lost to noise (%)", f"lost_{limit}", 100, 1)]
     lines = [[*label.split(" | "), len(values(rows, "noise", label)),
-              *(in_numbers(values(rows, "noise", label, key).values(), factor, digits)
-                for _, key, factor, digits in columns)]
+              *numbers_of(rows, "noise", label, columns)]
              for label in EXPERIMENTS["noise"] if not label.endswith("fp32")]
     return markdown([*LABELS["noise"], "seeds", *(title for title, *_ in columns)], lines)
 
@@ -174,9 +179,8 @@ def ratio_table(rows):
                ("log-ratios, sd (nats)", "moved_sd", 1, 3),
                ("of rounding, sd (nats)", "noise_sd", 1, 3),
                ("gradient that a 0.2 clip loses to rounding (%)", "lost_0.2", 100, 1)]
-    lines = [[label.split(" | ")[0], *(
-        in_numbers(values(rows, "smollm2_reuse", label, key).values(), factor, digits)
-        for _, key, factor, digits in columns)] for label in EXPERIMENTS["smollm2_reuse"]]
+    lines = [[label.split(" | ")[0], *numbers_of(rows, "smollm2_reuse", label, columns)]
+             for label in EXPERIMENTS["smollm2_reuse"]]
     return markdown(["arm", *(title for title, *_ in columns)], lines)
 
 

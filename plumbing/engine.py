@@ -2,8 +2,9 @@
 
 What it does    `Sampler.run` gives the completions that rollout.sample_slowly defines. Each prompt
                 runs through the model once, and its keys and values are stored once for its whole
-                group (`CachedAttention`); rows that have ended make room for rows that wait; on
-                CUDA a step is captured once for each size and replayed.
+                group (`CachedAttention`); rows that have ended make room for rows that wait; on a
+                CPU large weights are laid out for products with few rows (`pack`); on CUDA a step
+                is captured once for each size and replayed.
 Not here        how a token is chosen, and the numbers behind it: rollout.py hands both in.
 Where to fork   `CachedAttention` is the layout of the cache (FlashCache in fast_decode.py on CUDA),
                 `Sampler.run` the order of work.

@@ -3,8 +3,9 @@
 What it does    `FlashCache` attends with one kernel a layer (FlashAttention-2, arXiv:2307.08691) to
                 the keys of the prompts, each read once for its whole group, and to the rows' own;
                 the two results are weighed by their log-sum-exps. `decode` is the model's
-                forward for one token of each row; what lies between two matrix products is one
-                compiled function. `draw_in_blocks` draws tokens in few passes over the vocabulary.
+                forward for one token of each row, with the weights of `for_sampling`; what lies
+                between matrix products and attention is a compiled function each.
+                `draw_in_blocks` draws tokens in two passes over the vocabulary.
 Not here        the plain step, which runs everywhere else and where `fast_works` finds that the
                 two differ: engine.CachedAttention and model.Qwen2.forward.
 

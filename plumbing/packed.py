@@ -45,6 +45,7 @@ class PackedSequences:
         no_dropout, causal, no_mask_back = 0.0, True, False
         return flash_attention(q_NHD, k, v, *self.sizes, no_dropout, causal, no_mask_back)[0]
 
+
 @cache
 def packed_works(plain, device):
     """Whether packed attention gives what padded attention gives on this device. plain: the class

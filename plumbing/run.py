@@ -332,7 +332,8 @@ def announce(args, run):
     state_bytes = (8 + STATE_BYTES[args.optimizer]) * n_parameters
     if args.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
-    # the copy that samples, which small or on a GPU fp32 in one process shares with training
+    # the copy that samples, but where fp32 in one process shares the weights (of a large model a
+    # CPU packs its own); the reference
     copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp or
                                    any(packs(p) for p in run.model.parameters()))
     copies += ["reference"] * (args.beta > 0)
