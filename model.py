@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from plumbing import hub, parallel
 from plumbing.compiled import compiled
 from plumbing.files import read_json
+from plumbing.onednn import product
 from plumbing.packed import PackedSequences, packed_works
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30}  # chosen: the fp32 (tokens, V) tensor of the chunked
@@ -48,13 +49,6 @@ class Linear(nn.Linear):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return product(x, self.weight.to(x.dtype), bias)
-
-
-def product(x, weight, bias=None):
-    """x · weightᵀ + bias. A CPU's sampler has its large weights packed (plumbing/engine.py)."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 class RMSNorm(nn.Module):
@@ -187,7 +181,7 @@ class Qwen2(nn.Module):
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
         self.kept_samplers = {}  # of plumbing/engine.py, on CUDA
-        self.packed_head = None  # of a CPU's sampler, by plumbing/engine.py
+        self.laid_out_head = None  # of a CPU's sampler, by plumbing/onednn.py
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -237,9 +231,9 @@ class Qwen2(nn.Module):
         return min(-(-self.n_real_ids // 8) * 8, self.config["vocab_size"])
 
     def head_rows(self, dtype):
-        """(V, C): the first `n_head_rows` of the head in this dtype; of a CPU's sampler packed."""
-        if self.packed_head is not None:
-            return self.packed_head
+        """(V, C): the first `n_head_rows` of the head in this dtype; a CPU sampler's own."""
+        if self.laid_out_head is not None:
+            return self.laid_out_head
         return self.head_weight[:self.n_head_rows].to(dtype)
 
     def logits(self, hidden_NC):
@@ -341,7 +335,7 @@ class Qwen2(nn.Module):
             total_VC.addmm_(gradient_MV.T, hidden_MC)
         else:
             total_VC += gradient_MV.T @ hidden_MC
-        return gradient_MV @ head_VC
+        return product(gradient_MV, head_VC.T)
 
     def for_sampling(self):
         """The same model without gradients and with its weights cast once to `compute_dtype`.

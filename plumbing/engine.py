@@ -3,8 +3,8 @@
 What it does    `Sampler.run` gives the completions that rollout.sample_slowly defines. Each prompt
                 runs through the model once, and its keys and values are stored once for its whole
                 group (`CachedAttention`); rows that have ended make room for rows that wait; on a
-                CPU large weights are laid out for products with few rows (`pack`); on CUDA a step
-                is captured once for each size and replayed.
+                CPU large weights are laid out for products with few rows (onednn.py); on CUDA a
+                step is captured once for each size and replayed.
 Not here        how a token is chosen, and the numbers behind it: rollout.py hands both in.
 Where to fork   `CachedAttention` is the layout of the cache (FlashCache in fast_decode.py on CUDA),
                 `Sampler.run` the order of work.
@@ -29,15 +29,15 @@ from types import SimpleNamespace
 
 import torch
 
-from model import Linear, SharedPromptAttention
+from model import SharedPromptAttention
 from plumbing.fast_decode import FlashCache, decode, fast_works
+from plumbing.onednn import lay_out
 
 FAST = True  # on CUDA in bf16: the step of fast_decode.py; off once its check has failed
 FAST_ROWS = 16  # chosen: with fewer, sampling takes less time than compiling
 LOOK_EVERY = 4  # chosen: decode steps between looks at which rows have finished
 REFILL = 16  # chosen: 1/16 of the places are filled together, so that new prompts are, too
 LENGTH_STEP = 32  # chosen, on CUDA: graphs are captured for cached lengths of 32, 64, 96, … tokens
-PACK_FROM = 2**17  # chosen, on a CPU: numbers in a matrix; the embedded model's have up to 98,304
 
 
 # ------------------------------------------------------------------ the cache
@@ -191,29 +191,6 @@ def sampler_for(model, prompts, group_size, max_new_tokens, max_rows, n_draws, c
     return kept[key]
 
 
-def packs(weight):
-    """Whether `pack` lays this matrix out anew."""
-    return (weight.numel() >= PACK_FROM and weight.device.type == "cpu" and not weight.is_cuda
-            and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-            and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-
-def pack(model):
-    """Lay a CPU sampler's large matrices out as oneDNN reads them: those of the layers in their
-    place, the head as a copy, `packed_head`.
-
-    A product with few rows mostly reads weights. With 32 rows those of the layers take 0.55 to 0.75
-    of the time, a head of 49,152 tokens 0.4; sums are added in another order.
-    """
-    for module in model.model["layers"].modules():
-        if isinstance(module, Linear) and packs(module.weight):
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight)
-            module.weight = torch.nn.Parameter(weight, requires_grad=False)
-    head_VC = model.head_weight[:model.n_head_rows]
-    if packs(head_VC):
-        model.packed_head = torch.ops.mkldnn._reorder_linear_weight(head_VC)
-
-
 def prefill(model, prompts):
     """Run all prompts once: their lengths, keys and values, both per layer (P, K, T, D)."""
     attention = SharedPromptAttention([len(p) for p in prompts], [[] for _ in prompts],
@@ -245,7 +222,7 @@ class Sampler:
     def __init__(self, model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens,
                  n_draws, choose):
         self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
-        pack(model)
+        lay_out(model)
         global FAST
         fast = (FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
                 and n_rows >= FAST_ROWS)

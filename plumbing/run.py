@@ -38,9 +38,10 @@ from plumbing.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from plumbing.engine import packs, places_for
+from plumbing.engine import places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory, use_threads
+from plumbing.onednn import is_large
 from plumbing.problems import answer_of, prompt_order, split_problems
 from plumbing.reward_file import sha256_of_reward
 from plumbing.settings import warn_of_slow_bf16
@@ -333,9 +334,9 @@ def announce(args, run):
     if args.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
     # the copy that samples, but where fp32 in one process shares the weights (of a large model a
-    # CPU packs its own); the reference
+    # CPU lays out its own); the reference
     copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp or
-                                   any(packs(p) for p in run.model.parameters()))
+                                   any(is_large(p) for p in run.model.parameters()))
     copies += ["reference"] * (args.beta > 0)
     state_bytes += len(copies) * (2 if args.dtype == "bf16" else 4) * n_parameters
     held = ["weights", "gradients", *["AdamW state"] * (args.optimizer != "sgd"), *copies]

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,7 +14,7 @@ from transformers import (
 import model as model_module
 from model import Qwen2, SharedPromptAttention
 from objectives import noclip, policy_loss
-from plumbing import hub, packed
+from plumbing import hub, onednn, packed
 from plumbing.hub import TINY, to_hub
 from rollout import flat_batch, generate
 
@@ -117,6 +118,27 @@ def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, 
     for name, p in network.named_parameters():
         difference = (gradients[name] - p.grad).norm() / p.grad.norm()
         assert difference < 1e-5, (name, difference.item())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_by_onednn_have_the_values_and_gradients_of_torchs(bias, monkeypatch):
+    if not onednn.is_large(torch.zeros(onednn.LARGE)):
+        pytest.skip("oneDNN computes no products on this processor")
+    monkeypatch.setattr(onednn, "LARGE", 1)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
+    g = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(shape, generator=g, requires_grad=True)
+               for shape in ((7, 12), (20, 12), (20,))[:2 + bias]]
+    y = onednn.product(*tensors)
+    assert type(y.grad_fn).__name__ == "ProductBackward"
+    exact = F.linear(*(x.double() for x in tensors))
+    torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=0)
+    for loss in (torch.Tensor.sum, lambda y: y.square().sum()):  # a gradient of one number; of many
+        for ours, theirs in zip(torch.autograd.grad(loss(y), tensors, retain_graph=True),
+                                torch.autograd.grad(loss(exact), tensors, retain_graph=True)):
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+    with torch.no_grad():  # the old policy's pass: the same bits
+        assert onednn.product(*tensors).equal(y)
 
 
 def test_checkpointing_activations_changes_no_gradient(pair):
