@@ -18,6 +18,7 @@ from plumbing import engine
 from plumbing.engine import Sampler
 from plumbing.hub import checked_config
 from plumbing.metrics import clock
+from plumbing.onednn import product
 from plumbing.run import make_optimizer
 from plumbing.settings import make_parser
 from rollout import generate
@@ -169,14 +170,15 @@ def timed(function, device):
 
 
 def machine(device, dtype):
-    """Measured ceilings: FLOP/s of a square matrix product, bytes/s of a copy (read and write)."""
+    """Measured ceilings: FLOP/s of a square matrix product (torch's or oneDNN's), bytes/s of a copy
+    (read and write)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
-    out, big = torch.empty_like(a), torch.randn(64 * 2**20, device=device)
+    big = torch.randn(64 * 2**20, device=device)
     copy = torch.empty_like(big)
     with torch.no_grad():
-        torch.mm(a, b, out=out)
-        flops = max(2 * n**3 / timed(lambda: torch.mm(a, b, out=out), device)[0] for _ in range(5))
+        flops = max(2 * n**3 / timed(lambda: multiply(a, b), device)[0]
+                    for multiply in (torch.mm, product) for _ in range(5))
         copy.copy_(big)
         rate = max(8 * big.numel() / timed(lambda: copy.copy_(big), device)[0] for _ in range(5))
     return flops, rate
