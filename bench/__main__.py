@@ -341,7 +341,7 @@ def make_parser():
     add("--shape", choices=[name for name in ours.SHAPES if name != "head"], default="0.8m")
     add("--device", default=None, help="cpu or cuda (cpu; of gpu: cuda)")
     add("--quick", action="store_true", help="of gpu: every part, tiny, to see that all of it runs")
-    add("--limit-s", type=float, default=300, help="of gpu: seconds after which no part begins")
+    add("--limit-s", type=float, default=480, help="of gpu: seconds after which no part begins")
     add("--dtype", choices=["fp32", "tf32", "bf16"], default=None, help="fp32; on cuda bf16")
     add("--peers", default="", help="comma-separated: hf, trl; none by default")
     add("--rounds", type=int, default=5, help="measured, after one that is not")

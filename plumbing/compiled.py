@@ -48,11 +48,19 @@ def checked(function, arguments):
         too_far = [x for x in apart if not x <= LARGEST_DIFFERENCE]  # not a number is, too
         reason = f"the results differ by {too_far[0]:.1%}" if too_far else ""
     except Exception as e:  # a compiler fails in many ways
-        reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+        reason = why(e)
     if reason:
         print(f"{function.__name__} runs as it is written, not compiled: {reason}",
               file=sys.stderr)
     return function if reason else fast
+
+
+def why(e):
+    """What an exception says, in a line; one of memory is raised again, since what failed may work.
+    """
+    if isinstance(e, torch.OutOfMemoryError):
+        raise e
+    return (str(e).strip() or type(e).__name__).partition("\n")[0]
 
 
 def outcome(function, arguments):

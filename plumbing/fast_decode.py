@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from model import NOTHING, rotary_table, rotate, swiglu
-from plumbing.compiled import compiled
+from plumbing.compiled import compiled, why
 from plumbing.packed import flash_attention
 
 BLOCK = 1024  # chosen: tokens of the vocabulary whose probabilities are added up together
@@ -281,7 +281,6 @@ def fast_works(model, plain_cache):
             if not worst <= LARGEST_DIFFERENCE:
                 raise RuntimeError(f"hidden states differ by {worst:.1%}")
     except Exception as e:  # a compiler fails in many ways; the plain step is there
-        print(f"the plain decode step is used on {device}: {str(e).splitlines()[0]}",
-              file=sys.stderr)
+        print(f"the plain decode step is used on {device}: {why(e)}", file=sys.stderr)
         return False
     return True

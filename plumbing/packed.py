@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from plumbing.compiled import runs_on
+from plumbing.compiled import runs_on, why
 
 # torch's own name for it: the public varlen_attn takes grouped heads from torch 2.12 on only.
 flash_attention = torch.ops.aten._flash_attention_forward
@@ -67,7 +67,7 @@ def packed_works(plain, device):
         worst = max((a - b).abs().max().item() for a, b in zip(*results))
         reason = "" if worst <= LARGEST_DIFFERENCE else f"the two differ by {worst:.2g}"
     except RuntimeError as e:
-        reason = str(e).splitlines()[0]
+        reason = why(e)
     if reason:
         print(f"attention pads its sequences on {device}: {reason}", file=sys.stderr)
     return not reason

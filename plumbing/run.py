@@ -6,6 +6,7 @@ What it does    `begin` prepares a model, an optimizer, the problems and the fol
                 best model.
 Not here        what a step does: train.py. What survives a crash: checkpoint.py.
 """
+import gc
 import hashlib
 import json
 import math
@@ -164,6 +165,8 @@ def prepare(args, folder):
         parallel.shard(model, args.device)
         policy = model.for_sampling()
     reference = whole_model(args.model, args) if args.beta else None
+    if reference is not None:
+        reference.checkpoint_activations = args.checkpoint_activations  # smaller chunks of the head
     problems, validation, test = split_problems(args)
     problems_sha256 = hashlib.sha256(json.dumps([problems, validation, test]).encode()).hexdigest()
     prompts = [build_prompt(model.tokenizer, problem)
@@ -283,6 +286,7 @@ def groups_that_run(bytes_of, n):
             return n
         except torch.OutOfMemoryError:
             n //= 2
+        gc.collect()  # what the failed one held
         torch.cuda.empty_cache()
     bytes_of(1)
     return 1

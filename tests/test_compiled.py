@@ -18,13 +18,20 @@ def double(x):
     return 2 * x, x.shape[0]
 
 
+def failing(error):
+    def fail(x):
+        raise error
+    return fail
+
+
 @pytest.mark.parametrize("what, instead, said", [
     ("right", lambda f: lambda x: (x + x, 3), ""),
     ("wrong", lambda f: lambda x: (2.1 * x, 3), "double runs as it is written, not compiled: the "
                                                 "results differ by 5.0%\n"),
     ("wrong backward", lambda f: lambda x: (x + 2 * x - x.detach(), 3), "the results differ by"),
     ("not a number", lambda f: lambda x: (x / 0 * 0, 3), "the results differ by nan%"),
-    ("a fault", lambda f: lambda x: 1 / 0, "not compiled: ZeroDivisionError: division by zero\n")])
+    ("a fault", lambda f: lambda x: 1 / 0, "not compiled: division by zero\n"),
+    ("a fault without words", lambda f: failing(AssertionError()), "compiled: AssertionError\n")])
 def test_what_errs_runs_as_it_is_written(as_if_on_cuda, monkeypatch, capsys, what, instead, said):
     monkeypatch.setattr(torch, "compile", instead)
     x = torch.ones(3, requires_grad=True)
@@ -35,6 +42,12 @@ def test_what_errs_runs_as_it_is_written(as_if_on_cuda, monkeypatch, capsys, wha
         assert torch.autograd.grad(y.sum(), x)[0].tolist() == [2, 2, 2]
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == (said != "")
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_compiler(as_if_on_cuda, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: failing(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        compiled.compiled(double)(torch.ones(2))
 
 
 def test_on_a_cpu_nothing_is_compiled(monkeypatch):
