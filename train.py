@@ -247,7 +247,8 @@ def remember_old_policy(run, minibatches, args):
 
 
 def update(run, minibatches, args, seen):
-    """All epochs over one rollout: loss, gradients, optimizer steps. Fills `seen`."""
+    """All epochs over one rollout: loss, gradients, optimizer steps. Fills `seen`. Raises
+    FloatingPointError where a gradient was not finite; the weights are lost then."""
     objective = chosen_objective(args)
     for epoch in range(args.epochs):
         for minibatch in minibatches:
@@ -258,6 +259,10 @@ def update(run, minibatches, args, seen):
             for micro in minibatch:
                 backward(run, micro, objective, args, seen, keep_ratios=epoch == args.epochs - 1)
             seen.norms.append(optimizer_step(run, args))
+    for norm in seen.norms:  # not before: who looks at a number waits for the GPU
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient norm is {norm.item()} (a lower --learning-rate "
+                                     "or --max-grad-norm may help)")
     if args.fsdp:
         parallel.refresh(run.policy, run.model)
 
@@ -296,15 +301,11 @@ def optimizer_step(run, args):
     """
     parallel.sum_gradients(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
-    norm = parallel.unsharded(norm)
-    if not norm.isfinite():
-        raise FloatingPointError(f"the gradient norm is {norm.item()} (a lower --learning-rate or "
-                                 "--max-grad-norm may help)")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(args, run.state["optimizer_steps"])
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return norm
+    return parallel.unsharded(norm)
 
 
 def learning_rate(args, optimizer_step):

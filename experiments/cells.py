@@ -61,9 +61,8 @@ AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, 
 
 
 def seeds(name):
-    """Of an experiment: five; three in grids and in `smollm2_reuse`; ten where some runs collapse
-    and others do not."""
-    return range({"stress": 10, "reuse": 3, "smollm2_rates": 3, "smollm2_reuse": 3}.get(name, 5))
+    """Of an experiment: five; three in grids; ten where some runs collapse and others do not."""
+    return range({"stress": 10, "reuse": 3, "smollm2_rates": 3}.get(name, 5))
 
 
 def reuse(epochs, times):

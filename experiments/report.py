@@ -250,10 +250,11 @@ def last_validation(row):
 
 def cost(rows):
     """One sentence: how many runs, and how long they took one core."""
-    on_cpu = [row["cpu_seconds"] for row in rows if "smollm2" not in row["flags"]]
-    others = len(rows) - len(on_cpu)
-    return (f"{len(on_cpu)} runs, {sum(on_cpu) / 3600:.1f} hours of one core: half of that on two"
-            + f"; and {others} of a larger model, on a GPU" * (others > 0) + ".")
+    larger = [row["device"] for row in rows if "smollm2" in row["flags"]]
+    seconds = [row["cpu_seconds"] for row in rows if "smollm2" not in row["flags"]]
+    return (f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one core: half of that on two"
+            + (f"; and {len(larger)} of a larger model, {sum(d != 'cpu' for d in larger)} of them "
+               "on a GPU") * bool(larger) + ".")
 
 
 # pairs of arms that are compared with each other: experiment, first, second

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import rollout
 import train
+from bench.ours import make_run
 from model import PaddedSequences, Qwen2
 from plumbing.engine import CachedAttention, Sampler, prefill
 from rollout import choose, flat_batch, generate
@@ -127,10 +128,35 @@ def sampled_and_updated_elsewhere():
     rollout, advantage_PG = made_up_rollout()
     s = settings(device="meta", minibatches=2)
     minibatches = train.lay_out(rollout, advantage_PG, s, "meta")
-    with pytest.MonkeyPatch.context() as patch:  # it asks whether the gradient norm is finite
-        patch.setattr(train, "optimizer_step", lambda run, args: None)
+    with pytest.MonkeyPatch.context() as patch:  # whether this is finite, update asks
+        patch.setattr(train, "optimizer_step", lambda run, args: torch.ones(()))
         train.update(run, minibatches, s, train.remember_old_policy(run, minibatches, s))
     assert {p.grad.device.type for p in model.parameters()} == {"meta"}
+
+
+class Names(TorchDispatchMode):
+    """The names of all operations, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_update_asks_for_no_number_before_its_last_optimizer_step(machine):
+    s = settings(minibatches=2)
+    rollout, advantage_PG = made_up_rollout()
+    run = make_run(Qwen2.from_pretrained("tiny"), s)
+    minibatches = train.lay_out(rollout, advantage_PG, s, "cpu")
+    with Names() as seen:
+        train.update(run, minibatches, s, train.remember_old_policy(run, minibatches, s))
+    steps = [i for i, name in enumerate(seen.names) if "adamw" in name]
+    asked = [i for i, name in enumerate(seen.names) if name == "aten::_local_scalar_dense"]
+    assert len(steps) == s.epochs * s.minibatches == len(asked)
+    assert max(steps) < min(asked)
 
 
 def test_no_tensor_of_the_cpu_meets_one_of_cuda(as_on_cuda, monkeypatch):
