@@ -181,7 +181,7 @@ class Qwen2(nn.Module):
         self.stop_ids, self.generation_config = [], {}
         self.tokenizer, self.tokenizer_files = None, {}
         self.kept_samplers = {}  # of plumbing/engine.py, on CUDA
-        self.laid_out_head = None  # of a CPU's sampler, by plumbing/onednn.py
+        self.reordered_head = None  # of a CPU's sampler, by plumbing/onednn.py
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -232,8 +232,8 @@ class Qwen2(nn.Module):
 
     def head_rows(self, dtype):
         """(V, C): the first `n_head_rows` of the head in this dtype; a CPU sampler's own."""
-        if self.laid_out_head is not None:
-            return self.laid_out_head
+        if self.reordered_head is not None:
+            return self.reordered_head
         return self.head_weight[:self.n_head_rows].to(dtype)
 
     def logits(self, hidden_NC):

@@ -3,7 +3,7 @@
 What it does    `Sampler.run` gives the completions that rollout.sample_slowly defines. Each prompt
                 runs through the model once, and its keys and values are stored once for its whole
                 group (`CachedAttention`); rows that have ended make room for rows that wait; on a
-                CPU large weights are laid out for products with few rows (onednn.py); on CUDA a
+                CPU large weights are reordered for products with few rows (onednn.py); on CUDA a
                 step is captured once for each size and replayed.
 Not here        how a token is chosen, and the numbers behind it: rollout.py hands both in.
 Where to fork   `CachedAttention` is the layout of the cache (FlashCache in fast_decode.py on CUDA),
@@ -31,7 +31,7 @@ import torch
 
 from model import SharedPromptAttention
 from plumbing.fast_decode import FlashCache, decode, fast_works
-from plumbing.onednn import lay_out
+from plumbing.onednn import reorder_weights
 
 FAST = True  # on CUDA in bf16: the step of fast_decode.py; off once its check has failed
 FAST_ROWS = 16  # chosen: with fewer, sampling takes less time than compiling
@@ -222,7 +222,7 @@ class Sampler:
     def __init__(self, model, longest_prompt, n_rows, n_prompts, group_size, max_new_tokens,
                  n_draws, choose):
         self.model, self.G, self.T, self.choose = model, group_size, max_new_tokens, choose
-        lay_out(model)
+        reorder_weights(model)
         global FAST
         fast = (FAST and model.on_cuda and model.compute_dtype == torch.bfloat16
                 and n_rows >= FAST_ROWS)

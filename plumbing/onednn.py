@@ -1,8 +1,8 @@
 """A CPU's products with large matrices, by oneDNN.
 
 What it does    `product` is what every linear layer and the head compute: torch's own product, but
-                on an AMD processor, where torch's is slower, oneDNN's; `lay_out` lays a sampler's
-                weights out as oneDNN reads them fastest.
+                on an AMD processor, where torch's is slower, oneDNN's; `reorder_weights` puts a
+                sampler's weights into the order in which oneDNN reads them fastest.
 Not here        small matrices (the embedded model's) and GPUs: both are torch's.
 """
 from functools import lru_cache
@@ -56,9 +56,9 @@ def mkl_is_slow():
     return "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
 
 
-def lay_out(model):
-    """Lay a sampler's large matrices out as oneDNN reads them: those of the layers in their place,
-    the head as a copy, `laid_out_head`.
+def reorder_weights(model):
+    """Put a sampler's large matrices into oneDNN's own order: those of the layers in their place,
+    the head as a copy, `reordered_head`.
 
     A product with few rows mostly reads weights. With 32 rows those of the layers take 0.55 to 0.75
     of the time, a head of 49,152 tokens 0.4; sums are added in another order.
@@ -69,4 +69,4 @@ def lay_out(model):
             module.weight = nn.Parameter(weight, requires_grad=False)
     head_VC = model.head_weight[:model.n_head_rows]
     if is_large(head_VC):
-        model.laid_out_head = torch.ops.mkldnn._reorder_linear_weight(head_VC)
+        model.reordered_head = torch.ops.mkldnn._reorder_linear_weight(head_VC)

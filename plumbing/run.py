@@ -338,7 +338,7 @@ def announce(args, run):
     if args.fsdp:  # a part of it, and the whole head with its gradient
         state_bytes = state_bytes / parallel.n_processes() + 8 * c["vocab_size"] * c["hidden_size"]
     # the copy that samples, but where fp32 in one process shares the weights (of a large model a
-    # CPU lays out its own); the reference
+    # CPU reorders its own); the reference
     copies = ["sampler's copy"] * (args.dtype == "bf16" or args.fsdp or
                                    any(is_large(p) for p in run.model.parameters()))
     copies += ["reference"] * (args.beta > 0)

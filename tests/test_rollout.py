@@ -11,7 +11,7 @@ from objectives import noclip, policy_loss
 from plumbing import engine, onednn
 from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, sample_slowly, uniform
 
-needs_layout = pytest.mark.skipif(not onednn.is_large(torch.zeros(onednn.LARGE)),
+needs_onednn = pytest.mark.skipif(not onednn.is_large(torch.zeros(onednn.LARGE)),
                                    reason="oneDNN computes no products on this processor")
 FALSE_ALARM = 1e-6  # chance that a chi-square test below fails though the sampler is right
 
@@ -114,22 +114,22 @@ def test_the_fast_sampler_gives_what_the_slow_one_defines(model, machine, temper
         assert one == pytest.approx(two, abs=2e-5)
 
 
-@needs_layout
+@needs_onednn
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
-def test_laid_out_weights_give_the_log_probs_of_the_weights_as_they_now_are(
+def test_reordered_weights_give_the_log_probs_of_the_weights_as_they_now_are(
         dtype, rounding, model, monkeypatch):
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN computes no products in bf16 on this processor")
     monkeypatch.setattr(onednn, "LARGE", 1)
     monkeypatch.setattr(model, "compute_dtype", dtype)
     twin = model.for_sampling()
-    onednn.lay_out(twin)
-    assert twin.laid_out_head.is_mkldnn
+    onednn.reorder_weights(twin)
+    assert twin.reordered_head.is_mkldnn
     assert {p.is_mkldnn for p in twin.model["layers"].parameters() if p.dim() == 2} == {True}
     weight = model.model["layers"][0].mlp.down_proj.weight
     before = weight.detach().clone()
     try:
-        for factor in (1, -1):  # a rollout lays out what the update before it left
+        for factor in (1, -1):  # a rollout reorders what the update before it left
             weight.data.mul_(factor)
             result = generate(model, some_prompts(), 3, 20, 0.8, seed=4)
             batch = flat_batch(result.prompts, result.completions)
@@ -140,10 +140,10 @@ def test_laid_out_weights_give_the_log_probs_of_the_weights_as_they_now_are(
         weight.data.copy_(before)
 
 
-def test_the_embedded_model_is_not_laid_out_anew_so_that_recorded_runs_repeat():
+def test_the_embedded_model_is_not_reordered_so_that_recorded_runs_repeat():
     twin = Qwen2.from_pretrained("tiny").for_sampling()
-    onednn.lay_out(twin)
-    assert twin.laid_out_head is None and not any(p.is_mkldnn for p in twin.parameters())
+    onednn.reorder_weights(twin)
+    assert twin.reordered_head is None and not any(p.is_mkldnn for p in twin.parameters())
 
 
 def test_waves_and_company_change_no_text(model, machine):
