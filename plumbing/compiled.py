@@ -11,6 +11,8 @@ from functools import wraps
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from plumbing.hub import is_out_of_memory
+
 LARGEST_DIFFERENCE = 0.02  # chosen, of a result beside its norm: bf16 rounds to 0.004
 LARGEST = 1e4  # chosen: what is larger, the logit of no token, counts as this
 ON = True  # tests turn it off to compare
@@ -58,7 +60,7 @@ def checked(function, arguments):
 def why(e):
     """What an exception says, in a line; one of memory is raised again, since what failed may work.
     """
-    if isinstance(e, torch.OutOfMemoryError):
+    if is_out_of_memory(e):
         raise e
     return (str(e).strip() or type(e).__name__).partition("\n")[0]
 

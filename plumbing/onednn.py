@@ -5,7 +5,7 @@ What it does    `product` is what every linear layer and the head compute: torch
                 sampler's weights into the order in which oneDNN reads them fastest.
 Not here        small matrices (the embedded model's) and GPUs: both are torch's.
 """
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -43,17 +43,17 @@ class Product(torch.autograd.Function):
 
 
 def is_large(weight):
-    """Whether oneDNN computes products with this matrix."""
+    """Whether this is a large matrix on a CPU for which oneDNN has fast products."""
     return (weight.numel() >= LARGE and weight.device.type == "cpu" and not weight.is_cuda
             and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-@lru_cache
+@cache
 def mkl_is_slow():
     """Whether this is an AMD processor: MKL, which torch takes for fp32, keeps its fastest code for
     Intel's."""
-    return "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+    return "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
 def reorder_weights(model):

@@ -165,8 +165,6 @@ def prepare(args, folder):
         parallel.shard(model, args.device)
         policy = model.for_sampling()
     reference = whole_model(args.model, args) if args.beta else None
-    if reference is not None:
-        reference.checkpoint_activations = args.checkpoint_activations  # smaller chunks of the head
     problems, validation, test = split_problems(args)
     problems_sha256 = hashlib.sha256(json.dumps([problems, validation, test]).encode()).hexdigest()
     prompts = [build_prompt(model.tokenizer, problem)
@@ -193,7 +191,9 @@ def prepare(args, folder):
 
 def whole_model(path, args):
     """A model that is not trained: on the device in the dtype of computation only."""
-    return Qwen2.from_pretrained(path, "cpu", args.dtype).for_sampling().to(args.device)
+    model = Qwen2.from_pretrained(path, "cpu", args.dtype).for_sampling().to(args.device)
+    model.checkpoint_activations = args.checkpoint_activations  # smaller chunks of the head
+    return model
 
 
 def make_optimizer(model, args):

@@ -18,6 +18,8 @@ from plumbing import hub, onednn, packed
 from plumbing.hub import TINY, to_hub
 from rollout import flat_batch, generate
 
+needs_onednn = pytest.mark.skipif(not onednn.is_large(torch.zeros(onednn.LARGE)),
+                                  reason="oneDNN has no fast products on this processor")
 SHAPES = [  # width, heads, K/V heads, MLP, layers, tied, family
     (14 * 8, 14, 2, 200, 2, True), (14 * 8, 14, 2, 200, 2, False), (64, 4, 4, 96, 3, False),
     (48, 6, 1, 100, 1, True), (128, 4, 2, 384, 3, True),
@@ -120,10 +122,9 @@ def test_policy_gradient_equals_autograd_through_transformers(pair, head_bytes, 
         assert difference < 1e-5, (name, difference.item())
 
 
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_by_onednn_have_the_values_and_gradients_of_torchs(bias, monkeypatch):
-    if not onednn.is_large(torch.zeros(onednn.LARGE)):
-        pytest.skip("oneDNN computes no products on this processor")
     monkeypatch.setattr(onednn, "LARGE", 1)
     monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     g = torch.Generator().manual_seed(3)

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from test_model import SHAPES, random_batch, theirs
+from test_model import SHAPES, needs_onednn, random_batch, theirs
 
 import rollout
 from model import Qwen2
@@ -11,8 +11,6 @@ from objectives import noclip, policy_loss
 from plumbing import engine, onednn
 from rollout import flat_batch, generate, inverse_cdf, n_draws, sample, sample_slowly, uniform
 
-needs_onednn = pytest.mark.skipif(not onednn.is_large(torch.zeros(onednn.LARGE)),
-                                   reason="oneDNN computes no products on this processor")
 FALSE_ALARM = 1e-6  # chance that a chi-square test below fails though the sampler is right
 
 
