@@ -56,13 +56,12 @@ NOISY = ("clip ε 0.1", "clip ε 0.2", "noclip (α 0)", "pspo α 0.1")
 EPOCHS, TIMES = (1, 2, 4, 8, 16), (1, 3, 10)  # of the grid: passes over a rollout, rate ×
 FIFTH = 5  # "on the way" is at the end of the first of so many parts of a run
 SMOLLM2 = "--model smollm2 --validate-every 4"  # 4: a fifth of its steps
-SMOLLM2_RATES = (5e-6, 1e-5)  # of the grid, beside its own
 AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, rate ×
 
 
 def seeds(name):
     """Of an experiment: five; three in grids; ten where some runs collapse and others do not."""
-    return range({"stress": 10, "reuse": 3, "smollm2_rates": 3}.get(name, 5))
+    return range({"stress": 10, "reuse": 3}.get(name, 5))
 
 
 def reuse(epochs, times):
@@ -75,10 +74,10 @@ def stale(arm, steps, times):
     return ARMS[arm] + reuse(2, times) + (f" --stale {steps}" if steps else "")
 
 
-def smollm2(epochs, rate=PRESETS["smollm2"]["learning_rate"], more=""):
+def smollm2(epochs, rate=PRESETS["smollm2"]["learning_rate"]):
     """{label: flags} of a pretrained model: four arms with so many passes over a rollout."""
     return {f"{arm} | {epochs} | {rate:g}":
-            f"{SMOLLM2} {ARMS[arm]} --epochs {epochs} --learning-rate {rate:g}{more}"
+            f"{SMOLLM2} {ARMS[arm]} --epochs {epochs} --learning-rate {rate:g} --dtype bf16"
             for arm in NOISY}
 
 
@@ -125,9 +124,5 @@ EXPERIMENTS = {
         "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
               for epochs in EPOCHS for times in TIMES for arm in FOUR},
-    "smollm2": {"base model | – | 0": f"{SMOLLM2} --learning-rate 0 --steps 1 --validate-every 1",
-                **smollm2(2)},
-    "smollm2_rates": {label: flags for rate in SMOLLM2_RATES for epochs in (2, 8)
-                      for label, flags in smollm2(epochs, rate).items()},
-    "smollm2_reuse": smollm2(8, more=" --dtype bf16"),
+    "smollm2": {**smollm2(2), **smollm2(8)},
 }
