@@ -31,7 +31,7 @@ from plumbing import hub, parallel
 from plumbing.compiled import compiled
 from plumbing.files import read_json
 from plumbing.onednn import product
-from plumbing.packed import PackedSequences, packed_works
+from plumbing.packed import PackedSequences, packed_works, segments
 
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**30}  # chosen: the fp32 (tokens, V) tensor of the chunked
 # head, 110 and 1,769 tokens of Qwen2.5; each chunk adds once to the head's whole gradient
@@ -458,8 +458,8 @@ class PaddedSequences:
             own_BJ = torch.minimum(start_B1 + j_J - prefix_B1, last_B1)
             self.key_BJ = torch.where(j_J < prefix_B1, column(prefix_starts) + j_J, own_BJ)
             self.visible_BTJ = j_J <= prefix_B1[:, :, None] + t_T[:, None]
-        self.unpad = torch.tensor([b * len(t_T) + t for b, n in enumerate(lengths)
-                                   for t in range(n)], dtype=torch.int64, device=device)
+        sequence_N, t_N = segments(lengths)
+        self.unpad = (sequence_N * len(t_T) + t_N).to(device)
 
     def attend(self, q_NHD, k_NKD, v_NKD):
         """Attention of these sequences' own tokens, flat again: (their number, H, D)."""

@@ -19,9 +19,11 @@ M completion tokens among them, T positions, V vocabulary, U uniform numbers for
 """
 import argparse
 import time
+from array import array
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from tqdm import tqdm
 from model import SharedPromptAttention
 from plumbing.engine import sampler_for
 from plumbing.fast_decode import draw_in_blocks
+from plumbing.packed import segments
 from plumbing.settings import check_sampling
 from rewards import build_prompt
 
@@ -287,27 +290,21 @@ def flat_batch(prompts, completions, device="cpu"):
     prompts: P lists of ids; completions: P lists of lists of ids (group sizes may differ).
     A completion's first token is predicted by the last token of the prompt it shares.
     """
-    ids = [i for p in prompts for i in p] + [i for g in completions for c in g for i in c]
-    positions = [t for p in prompts for t in range(len(p))]
-    predictor, sequence, lengths = [], [], []
-    prompt_end, start = 0, len(positions)
-    for prompt, group in zip(prompts, completions, strict=True):
-        prompt_end += len(prompt)
-        for completion in group:
-            n = len(completion)
-            positions += range(len(prompt), len(prompt) + n)
-            # the prompt's last token predicts token 0, token k − 1 predicts token k
-            predictor += [prompt_end - 1, *range(start, start + n - 1)][:n]
-            sequence += [len(lengths)] * n
-            lengths.append(n)
-            start += n
-    attend = SharedPromptAttention([len(p) for p in prompts],
+    flat = [completion for group in completions for completion in group]
+    lengths, length_P = [len(ids) for ids in flat], torch.tensor([len(ids) for ids in prompts])
+    _, t_of_prompts = segments(length_P)
+    sequence_M, t_M = segments(lengths)
+    prompt_B, _ = segments([len(group) for group in completions])
+    prompt_M = prompt_B[sequence_M]
+    # the prompt's last token predicts token 0, token k − 1 predicts token k
+    after_M = torch.where(t_M == 0, length_P.cumsum(0)[prompt_M],
+                          torch.arange(len(t_of_prompts), len(t_of_prompts) + len(t_M)))
+    attend = SharedPromptAttention(length_P.tolist(),
                                    [[len(c) for c in g] for g in completions], device)
-    ids_N = torch.tensor(ids, device=device)
-    return FlatBatch(ids_N, torch.tensor(positions, device=device), attend,
-                     torch.tensor(predictor, device=device, dtype=torch.int64),
-                     ids_N[sum(map(len, prompts)):],
-                     torch.tensor(sequence, device=device, dtype=torch.int64), lengths)
+    ids_N = torch.frombuffer(array("q", chain(*prompts, *flat)), dtype=torch.int64).to(device)
+    return FlatBatch(ids_N, torch.cat([t_of_prompts, length_P[prompt_M] + t_M]).to(device), attend,
+                     (after_M - 1).to(device), ids_N[len(t_of_prompts):], sequence_M.to(device),
+                     lengths)
 
 
 # ------------------------------------------------------------------ run alone

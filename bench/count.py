@@ -247,6 +247,8 @@ class Compiled:
                 most = outs[0].numel()
                 x_reads = {k: (min(n, most * x.itemsize), min(wide, most))
                            for k, (n, wide) in x_reads.items()}
+            if i == 0 and name in WRITES:
+                x_reads = {}
             level, reads = max(level, x_level), {**reads, **x_reads}
         if is_product(name):
             for x in inputs:

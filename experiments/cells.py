@@ -74,11 +74,12 @@ def stale(arm, steps, times):
     return ARMS[arm] + reuse(2, times) + (f" --stale {steps}" if steps else "")
 
 
-def smollm2(epochs, rate=PRESETS["smollm2"]["learning_rate"]):
-    """{label: flags} of a pretrained model: four arms with so many passes over a rollout."""
+def smollm2(epochs, arms):
+    """{label: flags} of a pretrained model: these arms with so many passes over a rollout."""
+    rate = PRESETS["smollm2"]["learning_rate"]
     return {f"{arm} | {epochs} | {rate:g}":
             f"{SMOLLM2} {ARMS[arm]} --epochs {epochs} --learning-rate {rate:g} --dtype bf16"
-            for arm in NOISY}
+            for arm in arms}
 
 
 # name -> {label of a cell: flags}
@@ -124,5 +125,5 @@ EXPERIMENTS = {
         "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
               for epochs in EPOCHS for times in TIMES for arm in FOUR},
-    "smollm2": {**smollm2(2), **smollm2(8)},
+    "smollm2": {**smollm2(2, NOISY[1:]), **smollm2(8, NOISY)},
 }
