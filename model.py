@@ -252,7 +252,8 @@ class Qwen2(nn.Module):
             return log_softmax(logits, temperature)
         if temperature != 1:
             logits.div_(temperature)
-        return F.log_softmax(logits, -1)
+        in_place = None if torch.is_grad_enabled() else logits
+        return torch.log_softmax(logits, -1, out=in_place)
 
     def masked_logits(self, hidden_NC, head_VC=None):
         """(N, n_head_rows) fp32; that of an id without a token is NOTHING.
