@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import hub, parallel
+from plumbing import fused_head, hub, parallel
 from plumbing.compiled import compiled
 from plumbing.files import read_json
 from plumbing.onednn import product
@@ -240,20 +240,14 @@ class Qwen2(nn.Module):
         """(N, V) in the dtype of `hidden_NC`."""
         return F.linear(hidden_NC, self.head_weight.to(hidden_NC.dtype))
 
-    def log_probs(self, hidden_NC, temperature=1.0, head_VC=None):
+    def log_probs(self, hidden_NC, temperature=1.0):
         """log softmax(logits / temperature): (N, n_head_rows) fp32, nats.
 
-        The one definition of probability: the sampler, the old, new and reference policy and the
-        entropy all come from here (on CUDA a large rollout adds up the same logits in blocks,
-        plumbing/fast_decode.py). head_VC: as in `masked_logits`.
+        The one definition of probability: all policies and the entropy come from here or, in
+        training, from `log_probs_of` (on CUDA a large rollout adds up the same logits in blocks,
+        plumbing/fast_decode.py).
         """
-        logits = self.masked_logits(hidden_NC, head_VC)
-        if logits.is_cuda:
-            return log_softmax(logits, temperature)
-        if temperature != 1:
-            logits.div_(temperature)
-        in_place = None if torch.is_grad_enabled() else logits
-        return torch.log_softmax(logits, -1, out=in_place)
+        return log_softmax(self.masked_logits(hidden_NC), temperature)
 
     def masked_logits(self, hidden_NC, head_VC=None):
         """(N, n_head_rows) fp32; that of an id without a token is NOTHING.
@@ -276,19 +270,20 @@ class Qwen2(nn.Module):
         with torch.no_grad():
             hidden_MC = self.predicting_states(batch)
         logps, entropies = [], []
-        for chunk, logp_MV, _ in self.head_in_chunks(batch, hidden_MC, temperature):
-            logps.append(logp_MV.gather(1, batch.target_M[chunk, None]).squeeze(1))
-            if entropy:
-                entropies.append(entropy_of(logp_MV))
+        for chunk, logit_MV, _ in self.head_in_chunks(batch, hidden_MC):
+            target_M1 = batch.target_M[chunk, None]
+            logp_M, entropy_M, _ = log_probs_of(logit_MV, target_M1, temperature, entropy)
+            logps.append(logp_M)
+            entropies.append(entropy_M)
         return torch.cat(logps), torch.cat(entropies) if entropy else None
 
     def accumulate_gradients(self, batch, temperature, loss, entropy=False):
         """Add ∂loss/∂weights to the gradients; returns what `completion_log_probs` does.
 
-        The head is computed a few whole completions at a time: each chunk's log-probabilities are
-        overwritten by the gradient of its logits, g · (1[token] − softmax) / temperature with
-        g = ∂loss/∂logp. One backward through the body follows. Equal to autograd, with one
-        (chunk, V) tensor instead of several (M, V).
+        The head is computed a few whole completions at a time: each chunk's logits make place for
+        their gradient, g · (1[token] − softmax) / temperature with g = ∂loss/∂logp. One backward
+        through the body follows. Equal to autograd, with one (chunk, V) tensor instead of several
+        (M, V).
 
         loss(logp_chunk, chunk) -> scalar: called once per chunk, a slice of M; the losses of all
             chunks are added, so it must be a weighted sum, not a mean.
@@ -297,13 +292,13 @@ class Qwen2(nn.Module):
             hidden_MC = self.predicting_states(batch)
         logps, entropies, gradients = [], [], []
         # the head works on a detached hidden_MC, whose gradient is put together here by hand
-        for chunk, logp_MV, head_VC in self.head_in_chunks(batch, hidden_MC, temperature):
+        for chunk, logit_MV, head_VC in self.head_in_chunks(batch, hidden_MC):
             target_M1 = batch.target_M[chunk, None]
-            logps.append(logp_MV.gather(1, target_M1).squeeze(1))
-            if entropy:
-                entropies.append(entropy_of(logp_MV))
-            g_M1 = gradient_of(loss, logps[-1], chunk)[:, None] / temperature
-            logit_gradient_MV = logit_gradient(logp_MV, target_M1, g_M1, head_VC.dtype)
+            logp_M, entropy_M, scaled = log_probs_of(logit_MV, target_M1, temperature, entropy)
+            logps.append(logp_M)
+            entropies.append(entropy_M)
+            g_M1 = gradient_of(loss, logp_M, chunk)[:, None] / temperature
+            logit_gradient_MV = logit_gradient(*scaled, target_M1, g_M1, head_VC.dtype)
             gradients.append(self.head_backward(logit_gradient_MV, hidden_MC.detach()[chunk],
                                                 head_VC))
         hidden_MC.backward(torch.cat(gradients))
@@ -315,15 +310,14 @@ class Qwen2(nn.Module):
         return hidden_NC.index_select(0, batch.predictor_M)
 
     @torch.no_grad()
-    def head_in_chunks(self, batch, hidden_MC, temperature):
-        """Yields a slice of M, its log-probabilities (M, V) and the head's weights (V, C)."""
+    def head_in_chunks(self, batch, hidden_MC):
+        """Yields a slice of M, its logits (M, V) and the head's weights (V, C)."""
         head_VC = self.head_rows(hidden_MC.dtype)
         chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
         if self.on_cuda and self.checkpoint_activations:
             chunk_bytes //= 4
         for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
-            logp_MV = self.log_probs(hidden_MC.detach()[chunk], temperature, head_VC)
-            yield chunk, logp_MV, head_VC
+            yield chunk, self.masked_logits(hidden_MC.detach()[chunk], head_VC), head_VC
 
     @torch.no_grad()
     def head_backward(self, gradient_MV, hidden_MC, head_VC):
@@ -334,6 +328,8 @@ class Qwen2(nn.Module):
         total_VC = self.head_weight.grad[:len(head_VC)]
         if hidden_MC.dtype == torch.float32:
             total_VC.addmm_(gradient_MV.T, hidden_MC)
+        elif total_VC.is_cuda and fused_head.ON:
+            fused_head.add_product(total_VC, gradient_MV.T, hidden_MC)
         else:
             total_VC += gradient_MV.T @ hidden_MC
         return product(gradient_MV, head_VC.T)
@@ -396,10 +392,26 @@ def product_in_fp32(x_NC, w_VC):
     return product(x_NC, w_VC).float()
 
 
-@compiled
 def log_softmax(logit_NV, temperature):
-    """log softmax(logits / temperature), (N, V)."""
-    return F.log_softmax(logit_NV / temperature, -1)
+    """log softmax(logits / temperature), (N, V). Overwrites logits without a gradient on a CPU."""
+    if logit_NV.is_cuda:
+        return fused_head.log_softmax(logit_NV, temperature)
+    if temperature != 1:
+        logit_NV.div_(temperature)
+    return torch.log_softmax(logit_NV, -1, out=None if logit_NV.requires_grad else logit_NV)
+
+
+def log_probs_of(logit_MV, target_M1, temperature, entropy):
+    """Of softmax(logits / temperature) the log-prob of each target and, where asked for, the
+    entropies, (M,) nats; and (x_MV, lse_M1, divisor), of which x / divisor − lse are all log-probs.
+    Overwrites logit_MV on a CPU."""
+    if logit_MV.is_cuda and fused_head.ON:
+        logp_M, entropy_M, lse_M1 = fused_head.log_probs_of(logit_MV, target_M1, temperature)
+        return logp_M, entropy_M, (logit_MV, lse_M1, temperature)
+    logp_MV = log_softmax(logit_MV, temperature)
+    logp_M1 = logp_MV.gather(1, target_M1)
+    return (logp_M1.squeeze(1), entropy_of(logp_MV) if entropy else None,
+            (logp_MV, torch.zeros_like(logp_M1), 1.0))
 
 
 @compiled
@@ -408,18 +420,12 @@ def entropy_of(logp_MV):
     return -(logp_MV.exp() * logp_MV).sum(1)
 
 
-def logit_gradient(logp_MV, target_M1, g_M1, dtype):
-    """g · (1[token] − softmax): (M, V) in dtype. Overwrites logp_MV on a CPU."""
-    if logp_MV.is_cuda:
-        return logit_gradient_at_once(logp_MV, target_M1, g_M1, dtype)
-    return logp_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1).to(dtype)
-
-
-@compiled
-def logit_gradient_at_once(logp_MV, target_M1, g_M1, dtype):
-    """As `logit_gradient`: one pass over (M, V), which writes nothing but its result."""
-    is_target_MV = torch.arange(logp_MV.shape[1], device=logp_MV.device) == target_M1
-    return (g_M1 * (is_target_MV.float() - logp_MV.exp())).to(dtype)
+def logit_gradient(x_MV, lse_M1, divisor, target_M1, g_M1, dtype):
+    """g · (1[token] − softmax): (M, V) in dtype. The first three: as `log_probs_of` gives them. On
+    a CPU overwrites x_MV, which are log-probs there."""
+    if x_MV.is_cuda:
+        return fused_head.logit_gradient(x_MV, lse_M1, divisor, target_M1, g_M1, dtype)
+    return x_MV.exp_().mul_(-g_M1).scatter_add_(1, target_M1, g_M1).to(dtype)
 
 
 def gradient_of(loss, logp_M, chunk):

@@ -40,6 +40,8 @@ ELEMENTWISE = 0.75   # of it in other kernels: those of the update reach 65 to 8
 LAUNCH_S = {"attention": 8e-6, "product": 3.5e-6, "other": 1.8e-6}  # with next to nothing to do
 SCAN_S = 1.6e-9      # an element of a row: cumsum has one block a row, which walks along it
 
+LONG_ROW = 65536     # elements: a sum of more is divided among blocks, and reads its row itself
+
 # ------------------------------------------------------------------ rules, by class of operation
 
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach",
@@ -91,8 +93,8 @@ KERNELS = {  # the others: 1
     "embedding_dense_backward": 14,                 # a radix sort of the ids, then sums
     "rms_norm_backward": 2,                         # of the input, of the weight
     "_flash_attention_backward": 5,                 # two around the main one; shared keys' sums
-    "_log_softmax": lambda args, out: 1 + 4 * (out.shape[-1] >= 65536),  # compiled: of a long row
-                                                    # both its sums are divided, and added up
+    "_log_softmax": lambda args, out: 1 + 4 * (out.shape[-1] >= LONG_ROW),  # compiled: both of its
+                                                    # sums are divided, and added up
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 3,
     "_foreach_norm": multi_tensor(1, more=3),       # zeros, two for the parts
@@ -102,7 +104,7 @@ KERNELS = {  # the others: 1
 
 # So many more a chunk of the head do the recorded epochs have, of 5 chunks and of 87: what products
 # and sums clear before they begin (the profile has 116 of these "Memset" an epoch of 5 chunks).
-FITTED = {"logit_gradient_at_once": 12}
+FITTED = {"logit_gradient": 12}
 
 
 @dataclass
@@ -213,8 +215,8 @@ class Compiled:
 
     1. Elementwise operations and gathers cost nothing: who uses their value computes it again.
     2. A sum over an axis or along it (REDUCES) ends a kernel; one over the same rows that needs its
-       result goes on in that kernel. A copy into another order of a value that needs more than
-       REALIZES tensors ends a kernel, too.
+       result goes on in that kernel, unless rows are long. A copy into another order of a value
+       that needs more than REALIZES tensors ends a kernel, too.
     3. Values that end at the same level (as many kernels after each other) over as many elements
        share one kernel. What the function returns or changes is stored by one, too.
     """
@@ -257,7 +259,8 @@ class Compiled:
             return False
         if name in REDUCES:
             n = max(x.numel() for x in inputs)
-            if self.rows.get((level - 1, n)) == outs[0].numel():
+            if (self.rows.get((level - 1, n)) == outs[0].numel()
+                    and n < LONG_ROW * outs[0].numel()):
                 level -= 1
             self.rows[level, n] = outs[0].numel()
             self.store(level, n, reads, outs[0])
@@ -361,9 +364,10 @@ class WithBackward(torch.autograd.Function):
 
 
 @contextmanager
-def like_cuda(packs=True, fast=False):
+def like_cuda(packs=True, fast=False, fused=False):
     """Tensors say that they are CUDA's, and torch runs on `meta` what it keeps for CUDA. packs:
-    attention of training as in plumbing/packed.py; fast: decoding as in plumbing/fast_decode.py.
+    attention of training as in plumbing/packed.py; fast: decoding as in plumbing/fast_decode.py;
+    fused: all of plumbing/fused_head.py.
     """
     def supported():
         return ["meta"]
@@ -381,7 +385,7 @@ def like_cuda(packs=True, fast=False):
                 "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": supported,
                 "model.packed_works": lambda *_: packs,
                 "plumbing.engine.fast_works": lambda *_: fast,
-                "plumbing.engine.FAST": fast}.items():
+                "plumbing.engine.FAST": fast, "plumbing.fused_head.ON": fused}.items():
             stack.enter_context(mock.patch(target, stand_in))
         yield
 
@@ -405,9 +409,9 @@ def decode(rows, fast=False, shape="qwen2.5-0.5b", new_tokens=gpu.CARD.new_token
     return count
 
 
-def update(P, G, T, tokens=2**15, packs=True, shape="qwen2.5-0.5b"):
+def update(P, G, T, tokens=2**15, packs=True, fused=False, shape="qwen2.5-0.5b"):
     """A Count of the two epochs of one optimizer step each; tokens: of a micro-batch."""
-    with like_cuda(packs=packs), Count() as count:
+    with like_cuda(packs=packs, fused=fused), Count() as count:
         s = ours.settings(group_size=G, max_new_tokens=T, temperature=0.8, device="meta",
                           prompts_per_step=P, tokens_per_microbatch=tokens)
         run = ours.make_run(make_model(shape), s)
@@ -421,7 +425,7 @@ def update(P, G, T, tokens=2**15, packs=True, shape="qwen2.5-0.5b"):
 # ------------------------------------------------------------------ the table
 
 WORK = {  # what: rows of a vocabulary pass, how it is counted, epochs; kernels and ms recorded on
-    # an H100 (bench/README.md)
+    # an H100 (bench/README.md), or None
     "decode step, 64 rows": (64, partial(decode, 64), 1, 945, 3.17),
     "decode step, 256 rows": (256, partial(decode, 256), 1, 969, 4.74),
     "faster step, 64 rows": (64, partial(decode, 64, fast=True), 1, 412, 1.55),
@@ -430,7 +434,9 @@ WORK = {  # what: rows of a vocabulary pass, how it is counted, epochs; kernels 
     "update, 16 × 4 × 128, padded": (8192, partial(update, 16, 4, 128, packs=False), 2,
                                      2660, 113.4),
     "update, 16 × 4 × 128, packed": (8192, partial(update, 16, 4, 128), 2, 1758, 101.7),
-    "update, 64 × 8 × 256, packed": (131072, partial(update, 64, 8, 256), 2, 12131, 1293.4)}
+    "the same, fused head": (8192, partial(update, 16, 4, 128, fused=True), 2, None, None),
+    "update, 64 × 8 × 256, packed": (131072, partial(update, 64, 8, 256), 2, 12131, 1293.4),
+    "that, fused head": (131072, partial(update, 64, 8, 256, fused=True), 2, None, None)}
 
 
 def main():
@@ -440,10 +446,10 @@ def main():
     rows, tops = [], []
     for what, (n_rows, counted, epochs, n, ms) in WORK.items():
         count = counted()
-        rows.append([what, f"{count.total('kernels') / epochs:,.0f}", f"{n:,}",
+        rows.append([what, f"{count.total('kernels') / epochs:,.0f}", f"{n:,}" if n else "",
                      f"{count.total('bytes') / epochs / 1e9:,.2f}",
                      f"{count.total('wide') / epochs / n_rows / ours.REAL_IDS:.1f}",
-                     f"{count.total('seconds') / epochs * 1e3:,.2f}", f"{ms:,.2f}"])
+                     f"{count.total('seconds') / epochs * 1e3:,.2f}", f"{ms:,.2f}" if n else ""])
         groups = defaultdict(list)
         for operation in count.operations:
             groups[operation.where, operation.name].append(operation)

@@ -35,7 +35,7 @@ from bench import ours, peers
 from bench.fits import CARD_BYTES, LONGEST, PROMPT
 from bench.report import ROOT, device_name, report, table
 from model import Qwen2
-from plumbing import engine
+from plumbing import engine, fused_head
 from plumbing.engine import sampler_for
 from plumbing.files import read_rows
 from plumbing.hub import TINY, checked_config, is_out_of_memory
@@ -276,6 +276,27 @@ def update(args, size, claim):
             counted // s.epochs, ms and ms / s.epochs)
 
 
+def update_fused(args, size, claim):
+    """The update with all of plumbing/fused_head.py, beside the update without"""
+    model, found = ours.make_model(size.shape, args.device, args.dtype), []
+    prompts = ours.make_prompts(4, model.config["vocab_size"], length=size.prompt)
+    batch = flat_batch(prompts, [[prompt[:size.new_tokens]] * 4 for prompt in prompts],
+                       args.device)
+    for on in (False, True):
+        model.zero_grad()
+        with mock.patch.object(fused_head, "ON", on):
+            logp_M, entropy_M = model.accumulate_gradients(
+                batch, 0.8, lambda logp, chunk: logp.square().sum(), entropy=True)
+        found.append([logp_M, entropy_M, *(p.grad for p in model.parameters())])
+    worst = max(((a - b).norm() / a.norm()).item() for a, b in zip(*found))
+    claim("a fused head gives the other's log-probs, entropies and gradients, to 1 %", worst < 0.01)
+    yield "log-probs, entropies and gradients of a fused head: at most apart", f"{worst:.1e}"
+    del found
+    with mock.patch.object(fused_head, "ON", True):
+        for what, value in update(args, size, claim):
+            yield "fused head: " + what, value
+
+
 def bytes_of_groups(args, size, model, n):
     """The peak of a micro-batch of n groups, above what was there; 0 on a CPU, whose peak never
     falls."""
@@ -397,4 +418,4 @@ def small_card(args, size, claim):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-PARTS = (tests, whole_run, decode, decode_plain, update, paper_step, small_card)
+PARTS = (tests, whole_run, decode, decode_plain, update, update_fused, paper_step, small_card)

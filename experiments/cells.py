@@ -61,7 +61,7 @@ AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, 
 
 def seeds(name):
     """Of an experiment: five; three in grids; ten where some runs collapse and others do not."""
-    return range({"stress": 10, "reuse": 3}.get(name, 5))
+    return range({"stress": 10, "reuse": 3, "smollm2": 4}.get(name, 5))
 
 
 def reuse(epochs, times):
@@ -125,5 +125,6 @@ EXPERIMENTS = {
         "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
               for epochs in EPOCHS for times in TIMES for arm in FOUR},
-    "smollm2": {**smollm2(2, NOISY[1:]), **smollm2(8, NOISY)},
+    "smollm2": smollm2(2, NOISY[1:]),
+    "smollm2_reuse": smollm2(8, NOISY),
 }

@@ -38,6 +38,7 @@ LENGTH = ("tokens", "test_n_tokens", 1, 1)
 LEAKAGE = ("leakage (%)", "test_leakage", 100, 1)
 RATIO_LOW, RATIO_HIGH = ("r, 1st percentile", "ratio_p1", 1, 2), ("99th", "ratio_p99", 1, 2)
 SAMPLE_SIZE = ("effective sample size (%)", "effective_sample_size", 100, 1)
+SMOLLM2 = ("smollm2", "smollm2_reuse")
 LOST = ("optimizer steps lost (%)", lambda row: None if row["failed"] else
         row["skipped_steps"] / row["optimizer_steps"], 100, 0)
 
@@ -59,7 +60,7 @@ TABLES = {
               ("of other tokens' (%)", "removed_others", 100, 1)],
     "token": [ACCURACY, ON_THE_WAY],
     "noise": [ACCURACY, ON_THE_WAY],
-    "smollm2": [ACCURACY, FLEXIBLE, ON_THE_WAY, FORMAT, LENGTH, LEAKAGE, LOST],
+    **{name: [ACCURACY, FLEXIBLE, ON_THE_WAY, FORMAT, LENGTH, LEAKAGE, LOST] for name in SMOLLM2},
     "hopeless": [ACCURACY,
                  ("groups with unequal rewards (%)", lambda row: 1 - row["equal_groups"], 100, 1),
                  ("largest |A| in them", "largest_advantage", 1, 2),
@@ -68,12 +69,12 @@ AGAINST = {  # which part of a cell's label is another in the cell compared with
     "mild": [(0, "clip ε 0.2")], "stress": [(0, "clip ε 0.2")], "reuse": [(0, "clip ε 0.2")],
     "stale": [(0, "clip ε 0.2")], "token": [(0, "all"), (0, "none")],
     "noise": [(0, "noclip (α 0)"), (1, "fp32")],
-    "smollm2": [(0, "clip ε 0.2"), (0, "noclip (α 0)")],
+    **{name: [(0, "clip ε 0.2"), (0, "noclip (α 0)")] for name in SMOLLM2},
     "alpha": [(0, "α 0")], "hopeless": [(0, "base model"), (0, "paper's reward")]}
 LABELS = {  # what the parts of a cell's label are, where there are several
     "reuse": ["arm", "epochs", "rate ×"], "stale": ["arm", "steps ago", "rate ×"],
     "where": ["arm", "steps ago", "rate ×"], "token": ["tokens with a clip at 0.2", "rate ×"],
-    "noise": ["arm", "log-probs"], "smollm2": ["arm", "epochs", "rate"]}
+    "noise": ["arm", "log-probs"], **{name: ["arm", "epochs", "rate"] for name in SMOLLM2}}
 
 
 # ------------------------------------------------------------------ numbers of cells
@@ -178,8 +179,8 @@ def ratio_table(rows):
                ("log-ratios, sd (nats)", "moved_sd", 1, 3),
                ("of rounding, sd (nats)", "noise_sd", 1, 3),
                ("gradient that a 0.2 clip loses to rounding (%)", "lost_0.2", 100, 1)]
-    lines = [[*label.split(" | ")[:2], *numbers_of(rows, "smollm2", label, columns)]
-             for label in EXPERIMENTS["smollm2"]]
+    lines = [[*label.split(" | ")[:2], *numbers_of(rows, name, label, columns)]
+             for name in SMOLLM2 for label in EXPERIMENTS[name]]
     return markdown(["arm", "epochs", *(title for title, *_ in columns)], lines)
 
 

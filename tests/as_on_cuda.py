@@ -4,7 +4,7 @@ Every tensor says `is_cuda`, so that the code takes its CUDA branches, and where
 differ the CPU behaves as CUDA does:
 
   strides   attention returns (B, H, T, D) laid out in memory as (B, T, H, D)
-  products  `torch.bmm` and `torch.mm` take `out_dtype`, from half precision to fp32 only
+  products  `torch.bmm`, `mm` and `addmm` take `out_dtype`, from half precision to fp32 only
   graphs    a captured step runs once, without effect, and is then replayed operation by operation
             into the very same tensors (`Graph`). While it is captured, a read by the host, a shape
             that depends on data and a tensor made from Python numbers are refused.
@@ -124,16 +124,17 @@ def make_cpu_like_cuda(monkeypatch):
         return out_BHTD.transpose(1, 2).contiguous().transpose(1, 2)
 
     def with_dtype(product):
-        def either(a, b, out_dtype=None):
+        def either(*tensors, out_dtype=None, out=None):
+            *sums, a, b = tensors
             if out_dtype is None:
-                return product(a, b)
+                return product(*tensors, out=out)
             assert a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
             assert out_dtype == torch.float32
-            return product(a.float(), b.float())
+            return product(*sums, a.float(), b.float(), out=out)
         return either
     monkeypatch.setattr(F, "scaled_dot_product_attention", laid_out_as_on_cuda)
-    monkeypatch.setattr(torch, "bmm", with_dtype(torch.bmm))
-    monkeypatch.setattr(torch, "mm", with_dtype(torch.mm))
+    for name in ("bmm", "mm", "addmm"):
+        monkeypatch.setattr(torch, name, with_dtype(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     for name, stand_in in {
             "CUDAGraph": Graph, "graph": capture, "graph_pool_handle": lambda: None,
