@@ -292,19 +292,18 @@ def flat_batch(prompts, completions, device="cpu"):
     """
     flat = [completion for group in completions for completion in group]
     lengths, length_P = [len(ids) for ids in flat], torch.tensor([len(ids) for ids in prompts])
-    _, t_of_prompts = segments(length_P)
     sequence_M, t_M = segments(lengths)
-    prompt_B, _ = segments([len(group) for group in completions])
-    prompt_M = prompt_B[sequence_M]
+    prompt_M = segments([len(group) for group in completions])[0][sequence_M]
+    start = int(length_P.sum())  # where completions begin
+    positions_N = torch.cat([segments(length_P)[1], length_P[prompt_M] + t_M])
     # the prompt's last token predicts token 0, token k − 1 predicts token k
-    after_M = torch.where(t_M == 0, length_P.cumsum(0)[prompt_M],
-                          torch.arange(len(t_of_prompts), len(t_of_prompts) + len(t_M)))
+    predictor_M = torch.where(t_M == 0, length_P.cumsum(0)[prompt_M],
+                              start + torch.arange(len(t_M))) - 1
     attend = SharedPromptAttention(length_P.tolist(),
-                                   [[len(c) for c in g] for g in completions], device)
+                                   [[len(ids) for ids in group] for group in completions], device)
     ids_N = torch.frombuffer(array("q", chain(*prompts, *flat)), dtype=torch.int64).to(device)
-    return FlatBatch(ids_N, torch.cat([t_of_prompts, length_P[prompt_M] + t_M]).to(device), attend,
-                     (after_M - 1).to(device), ids_N[len(t_of_prompts):], sequence_M.to(device),
-                     lengths)
+    return FlatBatch(ids_N, positions_N.to(device), attend, predictor_M.to(device), ids_N[start:],
+                     sequence_M.to(device), lengths)
 
 
 # ------------------------------------------------------------------ run alone
