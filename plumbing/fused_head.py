@@ -42,5 +42,9 @@ def logit_gradient(x_MV, lse_M1, divisor, target_M1, g_M1, dtype):
 
 
 def add_product(total_VC, x_VM, y_MC):
-    """total += x @ y: bf16 factors, summed in fp32 into an fp32 total."""
-    torch.addmm(total_VC, x_VM, y_MC, out_dtype=torch.float32, out=total_VC)
+    """total += x @ y: bf16 factors, an fp32 total. Before torch 2.12, whose product takes no total
+    of another dtype, it is rounded to bf16 first."""
+    if torch.__version__ >= (2, 12):
+        torch.addmm(total_VC, x_VM, y_MC, out_dtype=torch.float32, out=total_VC)
+    else:
+        total_VC += x_VM @ y_MC
