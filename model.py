@@ -264,43 +264,45 @@ class Qwen2(nn.Module):
             logits.index_fill_(1, self.nameless_ids, NOTHING)
         return logits
 
+    @torch.no_grad()
     def completion_log_probs(self, batch, temperature=1.0, entropy=False):
         """Log-probabilities of a batch's completion tokens: logp_M and entropy_M (or None), fp32,
         nats, no grad. batch: rollout.FlatBatch."""
-        with torch.no_grad():
-            hidden_MC = self.predicting_states(batch)
+        hidden_MC = self.predicting_states(batch)
+        head_VC = self.head_rows(hidden_MC.dtype)
         logps, entropies = [], []
-        for chunk, logit_MV, _ in self.head_in_chunks(batch, hidden_MC):
-            target_M1 = batch.target_M[chunk, None]
-            logp_M, entropy_M, _ = log_probs_of(logit_MV, target_M1, temperature, entropy)
+        for chunk in self.head_chunks(batch):
+            logp_M, entropy_M = log_probs_of(self.masked_logits(hidden_MC[chunk], head_VC),
+                                             batch.target_M[chunk, None], temperature, entropy)[:2]
             logps.append(logp_M)
             entropies.append(entropy_M)
         return torch.cat(logps), torch.cat(entropies) if entropy else None
 
+    @torch.no_grad()
     def accumulate_gradients(self, batch, temperature, loss, entropy=False):
         """Add ∂loss/∂weights to the gradients; returns what `completion_log_probs` does.
 
         The head is computed a few whole completions at a time: each chunk's logits make place for
         their gradient, g · (1[token] − softmax) / temperature with g = ∂loss/∂logp. One backward
-        through the body follows. Equal to autograd, with one (chunk, V) tensor instead of several
-        (M, V).
+        through the body follows. Equal to autograd, with (chunk, V) tensors instead of (M, V).
 
         loss(logp_chunk, chunk) -> scalar: called once per chunk, a slice of M; the losses of all
             chunks are added, so it must be a weighted sum, not a mean.
         """
         with torch.enable_grad():
             hidden_MC = self.predicting_states(batch)
+        head_VC = self.head_rows(hidden_MC.dtype)
         logps, entropies, gradients = [], [], []
-        # the head works on a detached hidden_MC, whose gradient is put together here by hand
-        for chunk, logit_MV, head_VC in self.head_in_chunks(batch, hidden_MC):
+        for chunk in self.head_chunks(batch):
             target_M1 = batch.target_M[chunk, None]
-            logp_M, entropy_M, scaled = log_probs_of(logit_MV, target_M1, temperature, entropy)
+            logp_M, entropy_M, rest = log_probs_of(self.masked_logits(hidden_MC[chunk], head_VC),
+                                                   target_M1, temperature, entropy)
             logps.append(logp_M)
             entropies.append(entropy_M)
             g_M1 = gradient_of(loss, logp_M, chunk)[:, None] / temperature
-            logit_gradient_MV = logit_gradient(*scaled, target_M1, g_M1, head_VC.dtype)
-            gradients.append(self.head_backward(logit_gradient_MV, hidden_MC.detach()[chunk],
-                                                head_VC))
+            gradients.append(self.head_backward(
+                logit_gradient(*rest, target_M1, g_M1, head_VC.dtype), hidden_MC[chunk], head_VC))
+            del rest  # or it were there beside the next chunk's logits
         hidden_MC.backward(torch.cat(gradients))
         return torch.cat(logps), torch.cat(entropies) if entropy else None
 
@@ -309,15 +311,12 @@ class Qwen2(nn.Module):
         hidden_NC = self(batch.ids_N, batch.positions_N, batch.attend)
         return hidden_NC.index_select(0, batch.predictor_M)
 
-    @torch.no_grad()
-    def head_in_chunks(self, batch, hidden_MC):
-        """Yields a slice of M, its logits (M, V) and the head's weights (V, C)."""
-        head_VC = self.head_rows(hidden_MC.dtype)
+    def head_chunks(self, batch):
+        """Slices of M whose logits the head computes together."""
         chunk_bytes = HEAD_BYTES["cuda" if self.on_cuda else "cpu"]
         if self.on_cuda and self.checkpoint_activations:
             chunk_bytes //= 4
-        for chunk in batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids)):
-            yield chunk, self.masked_logits(hidden_MC.detach()[chunk], head_VC), head_VC
+        return batch.chunks(max_tokens=chunk_bytes // (4 * self.n_real_ids))
 
     @torch.no_grad()
     def head_backward(self, gradient_MV, hidden_MC, head_VC):
@@ -393,7 +392,7 @@ def product_in_fp32(x_NC, w_VC):
 
 
 def log_softmax(logit_NV, temperature):
-    """log softmax(logits / temperature), (N, V). Overwrites logits without a gradient on a CPU."""
+    """log softmax(logits / temperature), (N, V). On a CPU overwrites logit_NV."""
     if logit_NV.is_cuda:
         return fused_head.log_softmax(logit_NV, temperature)
     if temperature != 1:
@@ -402,9 +401,9 @@ def log_softmax(logit_NV, temperature):
 
 
 def log_probs_of(logit_MV, target_M1, temperature, entropy):
-    """Of softmax(logits / temperature) the log-prob of each target and, where asked for, the
-    entropies, (M,) nats; and (x_MV, lse_M1, divisor), of which x / divisor − lse are all log-probs.
-    Overwrites logit_MV on a CPU."""
+    """Of softmax(logits / temperature): each target's log-prob and, where asked for, the entropies,
+    (M,) nats; and, for `logit_gradient`, x_MV, lse_M1 and a divisor: all log-probs are x / divisor
+    − lse. On a CPU overwrites logit_MV."""
     if logit_MV.is_cuda and fused_head.ON:
         logp_M, entropy_M, lse_M1 = fused_head.log_probs_of(logit_MV, target_M1, temperature)
         return logp_M, entropy_M, (logit_MV, lse_M1, temperature)

@@ -290,6 +290,7 @@ def flat_batch(prompts, completions, device="cpu"):
     prompts: P lists of ids; completions: P lists of lists of ids (group sizes may differ).
     A completion's first token is predicted by the last token of the prompt it shares.
     """
+    assert len(prompts) == len(completions)
     flat = [completion for group in completions for completion in group]
     lengths, length_P = [len(ids) for ids in flat], torch.tensor([len(ids) for ids in prompts])
     sequence_M, t_M = segments(lengths)

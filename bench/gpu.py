@@ -5,7 +5,8 @@ What it does    claims first (the tests of tests/test_cuda.py; a run of train.py
                 kernels, the micro-batch that fits; TRL's step where TRL is installed. Each part
                 adds to bench/results/gpu-<device>.md and .json when it ends, so that a run cut
                 short leaves what it had. The exit code is 0 only if every claim held. Last, where
-                bitsandbytes is installed, 1.5B in the memory of a card of 24 GB.
+                bitsandbytes is installed, 1.5B in the memory of a card of 24 GB, and what is not
+                the default yet.
 Not here        what is measured: ours.py; comparisons on a CPU: __main__.py.
 Run it alone    python -m bench gpu --device cpu --quick       every part, tiny, without a GPU
 Where to fork   a part is a function of (args, size) that yields rows of (measure, value) and calls
@@ -277,7 +278,7 @@ def update(args, size, claim):
 
 
 def update_fused(args, size, claim):
-    """The update with all of plumbing/fused_head.py, beside the update without"""
+    """The update with all of plumbing/fused_head.py; its gradients beside those without"""
     model, found = ours.make_model(size.shape, args.device, args.dtype), []
     prompts = ours.make_prompts(4, model.config["vocab_size"], length=size.prompt)
     batch = flat_batch(prompts, [[prompt[:size.new_tokens]] * 4 for prompt in prompts],
@@ -288,10 +289,10 @@ def update_fused(args, size, claim):
             logp_M, entropy_M = model.accumulate_gradients(
                 batch, 0.8, lambda logp, chunk: logp.square().sum(), entropy=True)
         found.append([logp_M, entropy_M, *(p.grad for p in model.parameters())])
-    worst = max(((a - b).norm() / a.norm()).item() for a, b in zip(*found))
+    worst = torch.stack([(a - b).norm() / a.norm() for a, b in zip(*found)]).max().item()
     claim("a fused head gives the other's log-probs, entropies and gradients, to 1 %", worst < 0.01)
     yield "log-probs, entropies and gradients of a fused head: at most apart", f"{worst:.1e}"
-    del found
+    del found, model, batch
     with mock.patch.object(fused_head, "ON", True):
         for what, value in update(args, size, claim):
             yield "fused head: " + what, value
@@ -418,4 +419,4 @@ def small_card(args, size, claim):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-PARTS = (tests, whole_run, decode, decode_plain, update, update_fused, paper_step, small_card)
+PARTS = (tests, whole_run, decode, decode_plain, update, paper_step, small_card, update_fused)

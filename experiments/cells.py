@@ -60,7 +60,8 @@ AGES = ((0, 1), (0, 3), (0, 10), (2, 3), (8, 1), (8, 3), (8, 10))  # steps ago, 
 
 
 def seeds(name):
-    """Of an experiment: five; three in grids; ten where some runs collapse and others do not."""
+    """Of an experiment: five; three in grids; four of the larger model's two epochs; ten where some
+    runs collapse and others do not."""
     return range({"stress": 10, "reuse": 3, "smollm2": 4}.get(name, 5))
 
 
@@ -75,7 +76,7 @@ def stale(arm, steps, times):
 
 
 def smollm2(epochs, arms):
-    """{label: flags} of a pretrained model: these arms with so many passes over a rollout."""
+    """{label: flags} of a pretrained model in bf16: these arms, so many passes over a rollout."""
     rate = PRESETS["smollm2"]["learning_rate"]
     return {f"{arm} | {epochs} | {rate:g}":
             f"{SMOLLM2} {ARMS[arm]} --epochs {epochs} --learning-rate {rate:g} --dtype bf16"
@@ -125,6 +126,6 @@ EXPERIMENTS = {
         "ours": "--hopeless --reward correct"},
     "reuse": {f"{arm} | {epochs} | {times}": ARMS[arm] + reuse(epochs, times)
               for epochs in EPOCHS for times in TIMES for arm in FOUR},
-    "smollm2": smollm2(2, NOISY[1:]),
+    "smollm2": smollm2(2, ("clip ε 0.2", "noclip (α 0)", "pspo α 0.1")),
     "smollm2_reuse": smollm2(8, NOISY),
 }

@@ -1,8 +1,8 @@
 """The output head's softmax and gradients in fewer passes over (tokens, vocabulary), for CUDA.
 
-What it does    Each function gives what the plain code of model.py gives that calls it, compiled to
-                one kernel for each pass. `ON` also leaves the log-probabilities unwritten: what
-                needs them makes them from the logits and each row's log-sum-exp.
+What it does    `log_softmax` and `logit_gradient` are what CUDA takes, compiled to one kernel for
+                each pass. With `ON`, `log_probs_of` and `add_product` are, too: log-probabilities
+                are not written then; what needs one takes x / temperature − lse again.
 Not here        what is computed, and the way of a CPU: the end of `Qwen2` in model.py.
 
 Axis letters: N or M tokens, V vocabulary, C width. Logits and log-probs are fp32.
@@ -42,9 +42,9 @@ def logit_gradient(x_MV, lse_M1, divisor, target_M1, g_M1, dtype):
 
 
 def add_product(total_VC, x_VM, y_MC):
-    """total += x @ y: bf16 factors, an fp32 total. Before torch 2.12, whose product takes no total
-    of another dtype, it is rounded to bf16 first."""
-    if torch.__version__ >= (2, 12):
+    """total += x @ y: bf16 factors, an fp32 total. Older torch refuses such a total; there the
+    product is rounded to bf16 before it is added."""
+    try:
         torch.addmm(total_VC, x_VM, y_MC, out_dtype=torch.float32, out=total_VC)
-    else:
+    except RuntimeError:
         total_VC += x_VM @ y_MC

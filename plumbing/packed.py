@@ -20,7 +20,8 @@ LARGEST_DIFFERENCE = 0.1  # chosen: bf16 rounds what is near 4, the largest here
 
 
 def segments(lengths):
-    """Of segments of these lengths end to end: for each place its segment and its place in it."""
+    """Segments of these lengths lie end to end: of each place the number of its segment, and where
+    in it, both (N,). [2, 1] -> [0, 0, 1], [0, 1, 0]."""
     length_B = torch.as_tensor(lengths, dtype=torch.int64)
     segment_N = torch.arange(len(lengths)).repeat_interleave(length_B)
     return segment_N, torch.arange(len(segment_N)) - (length_B.cumsum(0) - length_B)[segment_N]

@@ -30,7 +30,7 @@ def test_the_acceptance_of_a_gpu_goes_through_every_part_without_one(tmp_path):
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    n_claims = 7 + bool(importlib.util.find_spec("bitsandbytes"))
+    n_claims = 9 + bool(importlib.util.find_spec("bitsandbytes"))
     assert len(found["claims"]) == n_claims and all(held for _, held in found["claims"])
     assert (tmp_path / "gpu-cpu.md").read_text().rpartition("\n\n")[0] in done.stdout
     measured = " ".join(measure for measure, _ in found["measures"])

@@ -41,7 +41,6 @@ def test_an_epoch_of_the_update_has_at_most_2200_kernels():
 
 
 def test_a_fused_head_reads_the_logits_thrice_and_writes_their_gradient():
-    update(16, 4, 128, fused=True)
     fused = update(16, 4, 128, fused=True).total("wide") / 2 / (8192 * 151_672)
     assert 4 <= fused < 4.01 < update(16, 4, 128).total("wide") / 2 / (8192 * 151_672)
 

@@ -537,7 +537,7 @@ def test_the_figure_of_stale_rollouts_shows_means_at_their_steps():
 
 
 def recorded_names(rows):
-    """The experiments that have rows; those that run for hours may have none yet."""
+    """The experiments that have rows."""
     flags = {row["flags"] for row in rows}
     return [name for name, cell in cells.EXPERIMENTS.items() if flags & {*cell.values()}]
 

@@ -248,8 +248,8 @@ def test_the_gradient_of_a_head_with_rows_beyond_the_tokenizer(pair):
         g_M1 = 2 * logp_MV.gather(1, target_M1).detach() / 0.7
         with torch.no_grad():
             logits_MV = ours.masked_logits(hidden_MC)
-            *_, softmax = model_module.log_probs_of(logits_MV, target_M1, 0.7, entropy=False)
-        gradient_MV = model_module.logit_gradient(*softmax, target_M1, g_M1, torch.float32)
+            *_, rest = model_module.log_probs_of(logits_MV, target_M1, 0.7, entropy=False)
+        gradient_MV = model_module.logit_gradient(*rest, target_M1, g_M1, torch.float32)
         gradient_MC = ours.head_backward(gradient_MV, hidden_MC, ours.head_weight[:96])
     finally:
         ours.n_real_ids = 97
