@@ -384,7 +384,6 @@ def small_card(args, size, claim):
         yield what, "left out: there is no package bitsandbytes here"
         return
     if on_gpu:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         all_bytes = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(CARD_BYTES / all_bytes, 1.0))
