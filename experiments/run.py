@@ -30,6 +30,7 @@ from model import Qwen2
 from objectives import clip_removes, noclip, policy_loss
 from plumbing.checkpoint import checkpoints
 from plumbing.files import read_rows
+from plumbing.hub import give_memory_back
 from plumbing.metrics import exact_log_probs
 from plumbing.problems import SETS, TINY, prompt_order
 from plumbing.run import describe_run
@@ -197,6 +198,7 @@ def write_hopeless():
 def run_cell(cell):
     """Train one cell with one seed and test its last weights: its row. cell: (flags, seed)."""
     torch.set_num_threads(1)
+    give_memory_back()  # of the run before, or a process grows with every run
     began, failed, rounding = time.process_time(), None, []
     special, flags = special_flags().parse_known_args(cell[0].split())
     with aside(), contextlib.ExitStack() as changes:

@@ -8,6 +8,7 @@ Run it alone    python -m plumbing.hub [NAME or FOLDER …]     the folder and i
 Where to fork   another architecture: `FAMILIES` and `checked_config` say what is accepted.
 """
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -287,6 +288,14 @@ def keep_freed_memory():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_memory_back():
+    """Hand the system what `keep_freed_memory` kept, where one piece of work is over and the next
+    has tensors of other sizes."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def use_threads(n=None):

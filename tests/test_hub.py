@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -129,3 +130,23 @@ def test_a_slow_hub_is_waited_for(faulty, tmp_path):
     done = subprocess.run([sys.executable, "-c", DATA], env=faulty, cwd=tmp_path, text=True,
                           capture_output=True)
     assert done.stdout == "7473\n" and Faulty.n_faults > 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library's malloc of Linux")
+def test_kept_memory_is_given_back():
+    seen = subprocess.run([sys.executable, "-c", """
+import torch
+from plumbing.hub import give_memory_back, keep_freed_memory
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+keep_freed_memory()
+tensors = [torch.ones(2**20) for _ in range(50)]  # 4 MiB each
+last = torch.ones(2**20)  # lies above them
+del tensors
+before = resident_mib()
+give_memory_back()
+print(before - resident_mib())
+"""], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True).stdout
+    assert 190 < float(seen) < 210
