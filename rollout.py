@@ -290,9 +290,10 @@ def flat_batch(prompts, completions, device="cpu"):
     prompts: P lists of ids; completions: P lists of lists of ids (group sizes may differ).
     A completion's first token is predicted by the last token of the prompt it shares.
     """
-    assert len(prompts) == len(completions)
-    flat = [completion for group in completions for completion in group]
-    lengths, length_P = [len(ids) for ids in flat], torch.tensor([len(ids) for ids in prompts])
+    length_P = torch.tensor([len(ids) for ids in prompts])
+    group_lengths = [[len(ids) for ids in group]
+                     for _, group in zip(prompts, completions, strict=True)]
+    lengths = [n for group in group_lengths for n in group]
     sequence_M, t_M = segments(lengths)
     prompt_M = segments([len(group) for group in completions])[0][sequence_M]
     start = int(length_P.sum())  # where completions begin
@@ -300,9 +301,9 @@ def flat_batch(prompts, completions, device="cpu"):
     # the prompt's last token predicts token 0, token k − 1 predicts token k
     predictor_M = torch.where(t_M == 0, length_P.cumsum(0)[prompt_M],
                               start + torch.arange(len(t_M))) - 1
-    attend = SharedPromptAttention(length_P.tolist(),
-                                   [[len(ids) for ids in group] for group in completions], device)
-    ids_N = torch.frombuffer(array("q", chain(*prompts, *flat)), dtype=torch.int64).to(device)
+    attend = SharedPromptAttention(length_P.tolist(), group_lengths, device)
+    ids_N = torch.frombuffer(array("q", chain(*prompts, *chain(*completions))),
+                             dtype=torch.int64).to(device)
     return FlatBatch(ids_N, positions_N.to(device), attend, predictor_M.to(device), ids_N[start:],
                      sequence_M.to(device), lengths)
 

@@ -32,6 +32,7 @@ import torch
 from model import SharedPromptAttention
 from plumbing.fast_decode import FlashCache, decode, fast_works
 from plumbing.onednn import reorder_weights
+from plumbing.packed import segments
 
 FAST = True  # on CUDA in bf16: the step of fast_decode.py; off once its check has failed
 FAST_ROWS = 16  # chosen: with fewer, sampling takes less time than compiling
@@ -205,8 +206,8 @@ def prefill(model, prompts):
         return attention(layer, q_NHD, k_NKD, v_NKD)
 
     ids_N = torch.tensor([i for p in prompts for i in p], device=model.device)
-    positions_N = torch.tensor([t for p in prompts for t in range(len(p))], device=model.device)
-    model(ids_N, positions_N, attend)
+    _, positions_N = segments([len(p) for p in prompts])
+    model(ids_N, positions_N.to(model.device), attend)
     return attention.prompts.length_B, keys, values
 
 

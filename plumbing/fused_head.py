@@ -1,8 +1,8 @@
 """The output head's softmax and gradients in fewer passes over (tokens, vocabulary), for CUDA.
 
-What it does    `log_softmax` and `logit_gradient` are what CUDA takes, compiled to one kernel for
-                each pass. With `ON`, `log_probs_of` and `add_product` are, too: log-probabilities
-                are not written then; what needs one takes x / temperature − lse again.
+What it does    CUDA takes `log_softmax` and `logit_gradient`, compiled to one kernel for each pass;
+                with `ON` it takes `log_probs_of` and `add_product`, too: log-probabilities are not
+                written then, and what needs one takes x / temperature − lse again.
 Not here        what is computed, and the way of a CPU: the end of `Qwen2` in model.py.
 
 Axis letters: N or M tokens, V vocabulary, C width. Logits and log-probs are fp32.

@@ -14,7 +14,7 @@ from transformers import (
 import model as model_module
 from model import Qwen2, SharedPromptAttention
 from objectives import noclip, policy_loss
-from plumbing import hub, onednn, packed
+from plumbing import fused_head, hub, onednn, packed
 from plumbing.hub import TINY, to_hub
 from rollout import flat_batch, generate
 
@@ -249,7 +249,9 @@ def test_the_gradient_of_a_head_with_rows_beyond_the_tokenizer(pair):
         with torch.no_grad():
             logits_MV = ours.masked_logits(hidden_MC)
             *_, rest = model_module.log_probs_of(logits_MV, target_M1, 0.7, entropy=False)
+        at_once_MV = fused_head.logit_gradient(*rest, target_M1, g_M1, torch.float32)
         gradient_MV = model_module.logit_gradient(*rest, target_M1, g_M1, torch.float32)
+        torch.testing.assert_close(at_once_MV, gradient_MV)
         gradient_MC = ours.head_backward(gradient_MV, hidden_MC, ours.head_weight[:96])
     finally:
         ours.n_real_ids = 97
