@@ -402,8 +402,8 @@ def log_softmax(logit_NV, temperature):
 
 def log_probs_of(logit_MV, target_M1, temperature, entropy):
     """Of softmax(logits / temperature): each target's log-prob and, where asked for, the entropies,
-    (M,) nats; and, for `logit_gradient`, x_MV, lse_M1 and a divisor: all log-probs are x / divisor
-    − lse. On a CPU overwrites logit_MV."""
+    (M,) nats. Third, for `logit_gradient`, x_MV, lse_M1 and a divisor: x / divisor − lse are all
+    log-probs (where they exist they are x, with 0 and 1). On a CPU overwrites logit_MV."""
     if logit_MV.is_cuda and fused_head.ON:
         logp_M, entropy_M, lse_M1 = fused_head.log_probs_of(logit_MV, target_M1, temperature)
         return logp_M, entropy_M, (logit_MV, lse_M1, temperature)

@@ -8,7 +8,7 @@ Not here        the network (model.py), the fast sampler's cache (plumbing/engin
                 completion is (rewards.py).
 Run it alone    python rollout.py "Tom has 3 boxes of 4 pens. How many pens is that?" -n 4
 Where to fork   `sample` draws the next token, for both samplers: add min-p or top-k there, and take
-                CUDA's own way to draw out of `choose`. Hand a new setting on in `choose`,
+                what draws in CUDA's own way from `choose`. Hand a new setting on in `choose`,
                 `sample_slowly`, `generate` and `sample_answers`, and to these in train.py
                 (`sample`, `validate`) and plumbing/run.py (`try_largest_batch`); a flag is a line
                 in plumbing/settings.py, for evaluate.py in evaluation/settings.py and in the
@@ -33,7 +33,7 @@ from plumbing.engine import sampler_for
 from plumbing.fast_decode import draw_in_blocks
 from plumbing.packed import segments
 from plumbing.settings import check_sampling
-from rewards import build_prompt
+from rewards import Problem, build_prompt
 
 SORT_BELOW = 0.9  # chosen: a smaller top-p sorts, a larger one redraws
 MAX_DRAWS = 8  # a draw misses a nucleus of 0.9 or more with probability ≤ 0.1, eight with ≤ 1e-8
@@ -313,7 +313,6 @@ def flat_batch(prompts, completions, device="cpu"):
 def main():
     from model import Qwen2
     from plumbing.hub import keep_freed_memory, use_threads
-    from rewards import Problem, build_prompt
     keep_freed_memory()
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample from a model folder.")
     parser.add_argument("question", nargs="*", help="one or more questions",

@@ -76,6 +76,8 @@ def memory_of(shape, s, card_bytes=CARD_BYTES):
 
 
 def main(shape="qwen2.5-1.5b", *flags):
+    if shape not in ours.SHAPES:
+        sys.exit(f"{__doc__}\nshapes: {', '.join(ours.SHAPES)}")
     s = make_parser().parse_args(["--dtype", "bf16", *flags])
     (least, _), (parts, n) = memory_of(shape, s, 0), memory_of(shape, s)
     rows = zip([*parts, "all"], *([*x.values(), sum(x.values())] for x in (least, parts)))

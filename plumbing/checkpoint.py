@@ -2,7 +2,7 @@
 
 What it does    writes a checkpoint whole or not at all, finds the newest undamaged one, cuts the
                 logs back to that checkpoint, and lets one process at a time into a run's folder.
-Not here        what is in a checkpoint (train.py), the format of the model (model.py), JSON lines
+Not here        what is in a checkpoint (run.py), the format of the model (model.py), JSON lines
                 (files.py).
 Run it alone    python -m plumbing.checkpoint RUN …      checks every file of every checkpoint
 Where to fork   another store (a bucket, a second disk): `save_checkpoint` and `newest_undamaged`.

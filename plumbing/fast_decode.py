@@ -179,11 +179,12 @@ def draw_in_blocks(logit_RV, u_RU, temperature, top_p):
     tokens likelier than each draw. Sums are of blocks first, so that rounding can tip a draw.
     """
     top_RB, mass_RB = block_masses(logit_RV, temperature)
-    token_RU, own_RU, top_R1, total_R1 = draws(logit_RV, u_RU, top_RB, mass_RB, temperature)
+    token_RU, drawn_RU, top_R1, total_R1 = draws(logit_RV, u_RU, top_RB, mass_RB, temperature)
     if top_p >= 1:
-        return token_RU[:, 0], own_RU[:, 0] - top_R1[:, 0] - total_R1.log()[:, 0]
-    likelier_RBU = likelier_masses(logit_RV, own_RU, top_R1, temperature)
-    return first_inside(logit_RV, token_RU, own_RU, likelier_RBU, top_RB, top_R1, total_R1,
+        return (token_RU[:, 0],
+                drawn_RU[:, 0] / temperature - top_R1[:, 0] - total_R1.log()[:, 0])
+    likelier_RBU = likelier_masses(logit_RV, drawn_RU, top_R1, temperature)
+    return first_inside(logit_RV, token_RU, drawn_RU, likelier_RBU, top_RB, top_R1, total_R1,
                         temperature, top_p)
 
 
@@ -196,7 +197,7 @@ def block_masses(logit_RV, temperature):
 
 
 def draws(logit_RV, u_RU, top_RB, mass_RB, temperature):
-    """For each u a token and its logit / temperature, (R, U); the largest of all, and Σ exp(logit /
+    """For each u a token and its logit, (R, U); the largest logit / temperature, and Σ exp(logit /
     temperature − largest), (R, 1)."""
     top_R1 = top_RB.amax(-1, keepdim=True)
     mass_RB = mass_RB * (top_RB - top_R1).exp()
@@ -205,26 +206,28 @@ def draws(logit_RV, u_RU, top_RB, mass_RB, temperature):
     target_RU = torch.minimum(u_RU * total_R1, below(total_R1))
     block_RU = torch.searchsorted(cdf_RB, target_RU, right=True)
     rest_RU = target_RU - (cdf_RB.gather(1, block_RU) - mass_RB.gather(1, block_RU))
-    inner_RUX = block_of(logit_RV, block_RU) / temperature
-    cdf_RUX = (inner_RUX - top_R1[..., None]).exp().cumsum(-1)
+    logit_RUX = block_of(logit_RV, block_RU)
+    cdf_RUX = (logit_RUX / temperature - top_R1[..., None]).exp().cumsum(-1)
     # rounding may put the rest beyond the block's last token that has probability
     rest_RU1 = torch.minimum(rest_RU[..., None], below(cdf_RUX[..., -1:])).clamp(min=0)
     inner_RU1 = torch.searchsorted(cdf_RUX, rest_RU1, right=True)
-    own_RU = inner_RUX.gather(2, inner_RU1).squeeze(-1)
-    return block_RU * BLOCK + inner_RU1.squeeze(-1), own_RU, top_R1, total_R1
+    drawn_RU = logit_RUX.gather(2, inner_RU1).squeeze(-1)
+    return block_RU * BLOCK + inner_RU1.squeeze(-1), drawn_RU, top_R1, total_R1
 
 
 @compiled
-def likelier_masses(logit_RV, own_RU, top_R1, temperature):
-    """Σ exp(logit / temperature − largest) of each block's tokens likelier than each draw."""
-    x_RBX = blocks(logit_RV) / temperature
-    prob_RBX = (x_RBX - top_R1[..., None]).exp()
-    return torch.stack([torch.where(x_RBX > own_RU[:, u, None, None], prob_RBX, 0).sum(-1)
-                        for u in range(own_RU.shape[1])], -1)
+def likelier_masses(logit_RV, drawn_RU, top_R1, temperature):
+    """Σ exp(logit / temperature − largest) of each block's tokens likelier than each draw. Logits
+    are compared as they are: compiled, a division may round otherwise than in `draws`, and a token
+    would be likelier than itself."""
+    logit_RBX = blocks(logit_RV)
+    prob_RBX = (logit_RBX / temperature - top_R1[..., None]).exp()
+    return torch.stack([torch.where(logit_RBX > drawn_RU[:, u, None, None], prob_RBX, 0).sum(-1)
+                        for u in range(drawn_RU.shape[1])], -1)
 
 
 @compiled
-def first_inside(logit_RV, token_RU, own_RU, likelier_RBU, top_RB, top_R1, total_R1, temperature,
+def first_inside(logit_RV, token_RU, drawn_RU, likelier_RBU, top_RB, top_R1, total_R1, temperature,
                  top_p):
     """The first token inside the nucleus, or the likeliest, and its log-probability: both (R,)."""
     inside_RU = likelier_RBU.sum(1) < top_p * total_R1
@@ -233,7 +236,7 @@ def first_inside(logit_RV, token_RU, own_RU, likelier_RBU, top_RB, top_R1, total
     likeliest_R1 = block_R1 * BLOCK + block_of(logit_RV, block_R1)[:, 0].argmax(1, keepdim=True)
     any_R1 = inside_RU.any(1, keepdim=True)
     token_R1 = torch.where(any_R1, token_RU.gather(1, first_R1), likeliest_R1)
-    own_R1 = torch.where(any_R1, own_RU.gather(1, first_R1), top_R1)
+    own_R1 = torch.where(any_R1, drawn_RU.gather(1, first_R1) / temperature, top_R1)
     return token_R1[:, 0], (own_R1 - top_R1 - total_R1.log())[:, 0]
 
 

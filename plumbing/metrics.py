@@ -18,9 +18,10 @@ def rollout_metrics(rollout, rows, reward_PG):
     """Of what was sampled and graded."""
     flat = [row for group in rows for row in group]
     finished = [row["n_tokens"] for row in flat if row["finished"]]
+    P = len(reward_PG)
     return {
         "reward_mean": reward_PG.mean().item(),
-        "reward_se": reward_PG.mean(1).std().nan_to_num().item() / len(reward_PG)**0.5,
+        "reward_se": reward_PG.mean(1).std().item() / P**0.5 if P > 1 else 0.0,
         "accuracy": mean(row["flexible"] for row in flat),
         "format_rate": mean(row["format"] for row in flat),
         "length_mean": rollout.n_tokens / len(flat),

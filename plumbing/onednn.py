@@ -44,7 +44,8 @@ class Product(torch.autograd.Function):
 
 def is_large(weight):
     """Whether this is a large matrix on a CPU for which oneDNN has fast products."""
-    return (weight.numel() >= LARGE and weight.device.type == "cpu" and not weight.is_cuda
+    return (weight.numel() >= LARGE and weight.device.type == "cpu"
+            and not weight.is_cuda  # in tests a CPU's tensor may say that it is
             and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

@@ -269,7 +269,7 @@ def split_problems(args):
     if not has_validation:
         random.Random("validation").shuffle(train)
         validation, train = train[:args.validation_problems], train[args.validation_problems:]
-    if not source:  # `train` writes them to test.jsonl, for evaluate.py
+    if not source:
         test, train = train[:args.test_problems], train[args.test_problems:]
     if len(train) < args.prompts_per_step or not validation:
         raise ValueError(f"{args.data} leaves {len(train)} training problems beside "

@@ -43,7 +43,7 @@ from plumbing.engine import places_for
 from plumbing.files import append_rows, read_json, write_json, write_whole
 from plumbing.hub import is_out_of_memory, keep_freed_memory, use_threads
 from plumbing.onednn import is_large
-from plumbing.problems import answer_of, prompt_order, split_problems
+from plumbing.problems import SETS, answer_of, prompt_order, split_problems
 from plumbing.reward_file import sha256_of_reward
 from plumbing.settings import warn_of_slow_bf16
 from rewards import GradingError, build_prompt
@@ -130,7 +130,9 @@ def write_beginning(run, args, folder, settings):
                              "with; put them back, or start a new run with another --name")
         if begun.get("reward_sha256") != run.reward_sha256:
             raise ValueError(f"--reward {args.reward} is not the file that {folder} began with; "
-                             "put it back, or start a new run with another --name")
+                             "put it back, or start a new run with another --name; if rewards so "
+                             "far would be the same (a mended crash), give config.json there this "
+                             f"one's reward_sha256, {run.reward_sha256}")
     if run.resumed:
         print(f"resume     after step {run.step}")
         if run.checkpoint != checkpoints(folder)[-1]:  # the best may be of a step that is lost
@@ -242,7 +244,8 @@ def try_largest_batch(run, args):
         n_fit = args.tokens_per_microbatch and args.tokens_per_microbatch // group_tokens
         if n_fit is None:
             free_bytes = torch.cuda.mem_get_info(args.device)[0]
-            n_fit = groups_that_fit(free_bytes, bytes_of(1), bytes_of(2))
+            two_run = n_groups > 1 and (args.fsdp or groups_that_run(bytes_of, 2) == 2)
+            n_fit = groups_that_fit(free_bytes, bytes_of(1), bytes_of(2)) if two_run else 1
         n = min(max(n_fit, 1), n_groups)
         if args.tokens_per_microbatch or args.fsdp:  # with it every pass is an exchange
             bytes_of(n)
@@ -274,7 +277,8 @@ def groups_that_fit(free_bytes, peak_of_one, peak_of_two):
     """How many groups a micro-batch can hold, from what one group and two take; a quarter of the
     memory stays free (chosen: groups of very unequal lengths are padded inside attention)."""
     bytes_per_group = max(peak_of_two - peak_of_one, 1)
-    return int(0.75 * free_bytes - (peak_of_one - bytes_per_group)) // bytes_per_group
+    beside = peak_of_one - bytes_per_group  # what does not grow with the groups
+    return int(0.75 * free_bytes - beside) // bytes_per_group
 
 
 def groups_that_run(bytes_of, n):
@@ -434,14 +438,17 @@ def explained(run, args):
         if isinstance(e, FloatingPointError):
             chosen = prompt_order(len(run.problems), args.prompts_per_step, run.step + 1, args.seed)
             reason += f"; prompts {[run.problems[i].id for i in chosen]}"
-        sys.exit(f"error: step {run.step + 1}: {reason}\nlast checkpoint: {run.checkpoint}; go on "
-                 f"with --resume --name {shlex.quote(args.name)}")
+        way = f"go on with --resume --name {shlex.quote(args.name)}"
+        if isinstance(e, FloatingPointError):
+            way = "it leads there again; start a new run with another --name"
+        sys.exit(f"error: step {run.step + 1}: {reason}\nlast checkpoint: "
+                 f"{run.checkpoint or 'none yet'}; {way}")
 
 
 def in_words(e, args):
     """What to tell the user of an exception within a step; None where its traceback says more."""
     if isinstance(e, GradingError) and args.reward.endswith(".py"):
-        return f"{e} (a run keeps its --reward: with a mended file begin another --name)"
+        return f"{e} (mend the file; --resume then says how this run keeps it)"
     if isinstance(e, (FloatingPointError, GradingError, OSError)):
         return str(e)
     if is_out_of_memory(e):
@@ -511,9 +518,9 @@ def test_at_the_end(args, folder, test):
     """What the run gained: greedy strict accuracy of the base model and of best/, with room for
     answers four times as long as in training (the paper's 128 tokens: 512, as evaluate.py)."""
     if not test:
+        data = args.data if args.data in SETS else "OTHER_PROBLEMS.jsonl"  # not trained on
         print(f"wrote {folder}/best; to measure it:\n"
-              f"python evaluate.py {args.model} {shlex.quote(str(folder / 'best'))} --data "
-              f"{shlex.quote(args.data)}")
+              f"python evaluate.py {args.model} {shlex.quote(str(folder / 'best'))} --data {data}")
         return
     scores = []
     torch.set_float32_matmul_precision("highest")  # fp32 as evaluate.py's, and the same figures
@@ -526,6 +533,3 @@ def test_at_the_end(args, folder, test):
                                       "base_strict": scores[0], "best_strict": scores[1]})
     print(f"greedy strict accuracy on {len(test)} test problems: base model {scores[0]:.1%}, "
           f"{folder}/best {scores[1]:.1%}")
-
-
-# ------------------------------------------------------------------ measures

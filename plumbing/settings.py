@@ -53,7 +53,12 @@ def make_parser():
                     "own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    add = parser.add_argument
+
+    def add(flag, **how):
+        try:
+            parser.add_argument(flag, **how)
+        except argparse.ArgumentError:  # a setting in objectives.py is named like another
+            parser.error(f"two settings are named {flag}; rename the one of the new objective")
     add("--model", default="Qwen/Qwen2.5-0.5B" if on_gpu else "tiny",
         help="hub name, folder, tiny or smollm2")
     add("--data", default="gsm8k",
@@ -112,13 +117,19 @@ def make_parser():
 
 
 def objective_settings(name):
-    """The settings of an objective and their defaults, as they stand in its signature."""
+    """The settings of an objective and their defaults, as they stand in its signature. Ends the
+    process where a default is no number."""
     parameters = list(inspect.signature(OBJECTIVES[name]).parameters.values())[2:]
+    for p in parameters:
+        if type(p.default) not in (int, float):
+            sys.exit(f"error: objectives.py: the setting {p.name} of {name} needs a number as its "
+                     "default")
     return {p.name: p.default for p in parameters}
 
 
-def read_settings(argv):
-    """(settings, run folder): defaults, then the preset or the resumed run's, then given flags."""
+def read_settings(argv, begins=True):
+    """(settings, run folder): defaults, then the preset or the resumed run's, then given flags.
+    begins: a run begins with them, so that its folder must not be there."""
     parser, quiet = make_parser(), make_parser()
     for action in quiet._actions:
         action.default = argparse.SUPPRESS  # so that it finds the flags that were given, no others
@@ -144,6 +155,8 @@ def read_settings(argv):
                      "name": args.name}
         for key in given.keys() & OF_THE_MACHINE:
             settings[key] = given[key]
+        if "threads" not in given and settings["threads"]:  # this machine may have fewer
+            settings["threads"] = min(settings["threads"], os.cpu_count() or 1)
         if "fsdp" not in given:
             settings["fsdp"] &= parallel.launched()
         for key, value in given.items():
@@ -158,7 +171,7 @@ def read_settings(argv):
             load_reward_file(args.reward)
     except ValueError as e:
         parser.error(f"--reward {e}")
-    if not args.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
+    if begins and not args.resume and folder.exists() and {p.name for p in folder.iterdir()} - {
             ".lock", "config.json.part"}:  # what a run leaves that was killed as it began
         parser.error(f"{folder} exists; continue it with --resume or choose another --name")
     return args, folder
@@ -173,7 +186,7 @@ def saved_settings(path):
     try:
         argv = ["--" + key.replace("_", "-") + ("" if value is True else f"={value}")
                 for key, value in read_json(path)["settings"].items()
-                if value != parser.get_default(key)]
+                if value != parser.get_default(key) and value is not None]
     except (ValueError, KeyError, AttributeError) as e:
         parser.error(f"it does not hold a run's settings ({e})")
     settings = parser.parse_args(argv)
@@ -190,10 +203,14 @@ def check_settings(parser, args, given):
                 flag = "--" + setting.replace("_", "-")
                 parser.error(f"{flag} is a setting of --objective {name}; this run has "
                              f"--objective {args.objective}, which does not use it")
+    ratio = torch.ones(2, requires_grad=True)
     try:
-        chosen_objective(args)(torch.ones(1), torch.ones(1))
-    except ValueError as e:
-        parser.error(str(e))
+        value = chosen_objective(args)(ratio, torch.ones(2))
+    except (ValueError, TypeError) as e:
+        parser.error(f"--objective {args.objective}: {e}")
+    if value.shape != ratio.shape or not value.requires_grad:
+        parser.error(f"--objective {args.objective}: expected a number for each ratio, with a "
+                     "gradient")
     if args.reward not in MODES and not args.reward.endswith(".py"):
         parser.error(f"--reward is {args.reward!r}; expected {', '.join(MODES)}, or a .py file "
                      "with a function reward(text, gold, finished)")
@@ -274,5 +291,5 @@ def chosen_objective(args):
 
 
 if __name__ == "__main__":
-    for key, value in vars(read_settings(sys.argv[1:])[0]).items():
+    for key, value in vars(read_settings(sys.argv[1:], begins=False)[0]).items():
         print(f"--{key.replace('_', '-'):24} {value}")

@@ -1,5 +1,8 @@
 """Kill -9 a tiny run at random moments, resume it, and compare with a run that was never killed.
 
+A moment is a number of rows in metrics.jsonl and a time after that, so that it does not depend on
+how busy the machine is.
+
 python tests/kill.py 50        a line for each kill; exits 1 where anything differs
 """
 import hashlib
@@ -66,6 +69,11 @@ def outcome(folder):
     return found
 
 
+def n_rows(folder):
+    metrics = Path(folder) / "runs/run/metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
 def kill_and_compare(n, seed=0, flags=(), say=print):
     """Kill n runs, each at one random moment of its life; the number that ended differently."""
     draw, bad = random.Random(seed), 0
@@ -75,19 +83,20 @@ def kill_and_compare(n, seed=0, flags=(), say=print):
         process, began = begin(whole, *flags)
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-        lasted, expected = time.time() - began, outcome(whole)
+        expected, n_whole = outcome(whole), n_rows(whole)
+        a_step = (time.time() - began) / n_whole
         for i in range(n):
             killed = Path(folder) / "killed"
             killed.mkdir()
             process, _ = begin(killed, *flags)
-            moment = draw.uniform(0, lasted)
+            row, later = draw.randint(0, n_whole), draw.uniform(0, a_step)
+            while process.poll() is None and n_rows(killed) < row:
+                time.sleep(0.001)
             try:
-                process.communicate(timeout=moment)
+                process.communicate(timeout=later)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
-            metrics = killed / "runs/run/metrics.jsonl"
-            n_rows = len(metrics.read_text().splitlines()) if metrics.exists() else 0
             left = sorted(p.name for p in killed.glob("runs/run/checkpoints/*"))
             ended = process.returncode == 0
             if not ended:
@@ -95,7 +104,7 @@ def kill_and_compare(n, seed=0, flags=(), say=print):
             found = outcome(killed)
             different = [k for k in {*expected, *found} if expected.get(k) != found.get(k)]
             bad += bool(different)
-            say(f"{i + 1:3} {'ended' if ended else 'killed'} {moment:5.2f} s in, {n_rows} rows, "
+            say(f"{i + 1:3} {'ended' if ended else 'killed'} {later:4.2f} s after {row} rows, "
                 f"{', '.join(left) or 'no checkpoint'}: "
                 + (f"DIFFERENT {different}" if different else "identical"))
             shutil.rmtree(killed)

@@ -149,12 +149,17 @@ def test_what_is_compiled_gives_what_is_written(capsys):
                       else tuple(y.cuda().bfloat16() for y in x) for x in arguments(N)]
             getattr(model_module, name)(*inputs).float().square().sum().backward()
     logit_RV, u_RU = 3 * torch.randn(400, 3001, device="cuda"), torch.rand(400, 8, device="cuda")
-    with torch.inference_mode():
-        fast = draw_in_blocks(logit_RV, u_RU, 0.8, 0.9)
-    slow = draw_in_blocks(logit_RV.cpu(), u_RU.cpu(), 0.8, 0.9)
-    same_R = fast[0].cpu() == slow[0]
-    assert same_R.double().mean() > 0.98  # rounding can tip a draw
-    assert (fast[1].cpu() - slow[1])[same_R].abs().max() < 1e-4
+    peaked_RV = torch.tensor([0.60, 0.35, 0.03, 0.02], device="cuda").log() + logit_RV[:, :1]
+    for temperature in (0.8, 1.1, 0.55):  # the later ones are compiled for any temperature
+        with torch.inference_mode():
+            fast = draw_in_blocks(logit_RV, u_RU, temperature, 0.9)
+            second_R = draw_in_blocks(peaked_RV * temperature, torch.full_like(u_RU[:, :1], 0.8),
+                                      temperature, 0.9)[0]
+        slow = draw_in_blocks(logit_RV.cpu(), u_RU.cpu(), temperature, 0.9)
+        same_R = fast[0].cpu() == slow[0]
+        assert same_R.double().mean() > 0.98  # rounding can tip a draw
+        assert (fast[1].cpu() - slow[1])[same_R].abs().max() < 1e-4
+        assert (second_R == 1).all()  # a token is not likelier than itself
     assert capsys.readouterr().err == ""
 
 

@@ -122,6 +122,20 @@ def test_drawing_in_blocks_is_drawing(top_p, V):
     torch.testing.assert_close(found_R, logp_RV.gather(1, token_R[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("times", [1 - 2e-7, 1, 1 + 2e-7])
+def test_a_token_is_not_likelier_than_itself_where_a_division_rounds_otherwise(times, monkeypatch):
+    """A compiled function may multiply by 1 / temperature, or not; the second token, which
+    crosses the 0.9 of the nucleus, belongs to it."""
+    likelier = fast_decode.likelier_masses
+    monkeypatch.setattr(fast_decode, "likelier_masses", lambda logit, drawn, top, temperature:
+                        likelier(logit, drawn, top, temperature * times))
+    logp_V = torch.tensor([0.60, 0.35, 0.03, 0.02]).log()
+    logit_RV = 1.1 * logp_V + torch.linspace(-9, 9, 40)[:, None]
+    token_R, logp_R = draw_in_blocks(logit_RV, torch.full((40, 1), 0.8), 1.1, 0.9)
+    assert (token_R == 1).all()
+    torch.testing.assert_close(logp_R, torch.full((40,), 0.35).log(), atol=1e-5, rtol=0)
+
+
 def test_drawing_in_blocks_never_takes_a_token_without_probability():
     logp_RV = torch.full((4, 2500), NOTHING)
     logp_RV[0, 3], logp_RV[1, 1024], logp_RV[2, 2499] = 0, 0, 0

@@ -69,6 +69,12 @@ def test_resuming_notices_a_changed_a_missing_and_another_file(capsys):
     mine(SHORT.replace("1000", "2000"))  # as long as before, in the same second
     assert "--reward mine.py is not the file that runs/tiny-pspo-s0 began with; put it back" in (
         refused("--resume"))
+    sha = re.search("reward_sha256, ([0-9a-f]{64})", refused("--resume"))[1]
+    config = json.loads((FOLDER / "config.json").read_text())
+    (FOLDER / "config.json").write_text(json.dumps(config | {"reward_sha256": sha}))
+    assert train.main(["--model", "tiny", "--resume", "--stop-after", "3"]) == 0  # as told
+    (FOLDER / "config.json").write_text(json.dumps(config))
+    before = {p: p.read_bytes() for p in FOLDER.rglob("*") if p.is_file()}
     Path("mine.py").unlink()
     refused("--resume")
     assert "mine.py: no file that can be read (No such file" in capsys.readouterr().err

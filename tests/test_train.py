@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,9 +158,25 @@ def test_the_largest_batch_is_tried_and_leaves_nothing(monkeypatch, as_on_cuda, 
         monkeypatch.setattr(torch.cuda, "max_memory_allocated",
                             lambda device: sizes[-1] * bytes_per_token)
         plumbing.run.try_largest_batch(run, s)
-        assert sizes == [group, group, 2 * group, n_groups * group]
+        assert sizes == [group, 2 * group, group, 2 * group, n_groups * group]
         assert s.tokens_per_microbatch == n_groups * group
         assert f"micro-batches of {n_groups * group:,} tokens" in capsys.readouterr().out
+
+    def one_group_at_a_time(self, batch, *arguments):
+        if len(batch.ids_N) > group:
+            raise torch.OutOfMemoryError("no room")
+        return trained(self, batch, *arguments)
+    monkeypatch.setattr(Qwen2, "accumulate_gradients", one_group_at_a_time)
+    s.tokens_per_microbatch = None
+    plumbing.run.try_largest_batch(run, s)
+    assert s.tokens_per_microbatch == group
+
+    sizes.clear()
+    monkeypatch.setattr(Qwen2, "accumulate_gradients", watched)
+    s.tokens_per_microbatch, s.minibatches = None, 8  # a minibatch is one group: no two are tried
+    plumbing.run.try_largest_batch(run, s)
+    assert s.tokens_per_microbatch == group and set(sizes) == {group}
+    s.minibatches = 4
 
     for e, expected, words in (
             (torch.OutOfMemoryError("no room"), ValueError,
@@ -217,7 +234,11 @@ def test_resuming_refuses_a_changed_setting_by_name(capsys):
     with pytest.raises(SystemExit):
         train.main(["--model", "tiny", "--resume", "--learning-rate", "0.5"])
     assert "--learning-rate was 0.001" in capsys.readouterr().err
-    # all settings that are not given are the run's own
+    # all settings that are not given are the run's own, but for what a machine chose
+    path = Path("runs/tiny-pspo-s0/config.json")
+    config = json.loads(path.read_text())
+    config["settings"] |= {"tokens_per_microbatch": None, "threads": 5000}
+    path.write_text(json.dumps(config))
     assert train.main(["--resume", "--model", "tiny/model"]) == 0
 
 
@@ -423,7 +444,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
     def broken(ratio, advantage):
         return noclip(ratio, advantage) * float("nan")
     monkeypatch.setitem(OBJECTIVES, "noclip", broken)
-    with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan .*; prompts \['tiny"):
+    with pytest.raises(SystemExit, match=r"(?s)step 1: the gradient norm is nan .*; prompts "
+                                         r"\['tiny.*step_0; it leads there again; start a new run"):
         run("--objective", "noclip", "--reward", "noise")
 
 
@@ -440,7 +462,7 @@ def test_a_reward_that_is_none_is_an_error_with_its_text(monkeypatch, broken, me
 def test_a_grader_that_raises_is_an_error_with_its_text(monkeypatch):
     monkeypatch.setattr(rewards, "has_format", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit, match=r"step 1: grading raised ZeroDivisionError.* on "
-                                         r"tiny/train/.*completion '.*\nlast checkpoint: None"):
+                                         r"tiny/train/.*completion '.*\nlast checkpoint: none yet"):
         run("--validate-every", "100")
 
 
@@ -647,7 +669,6 @@ def test_bad_input_is_refused_in_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([*SMALL, *flags])
     lines = (capsys.readouterr().err + str(stop.value.code)).strip().splitlines()
-    import re
     assert stop.value.code not in (0, None) and re.search(message, "\n".join(lines)), lines
     errors = [line for line in lines if "error" in line]
     assert len(errors) == 1 and not Path("runs").exists()
@@ -662,6 +683,37 @@ def test_a_run_on_a_file_leaves_its_test_problems_for_evaluate():
     trained_on = {row["question"] for row in samples if "question" in row}
     assert len(held_out) == 5 and all(row in rows for row in held_out)
     assert trained_on and not trained_on & {row["question"] for row in held_out}
+
+
+@pytest.mark.parametrize("objective, message", [
+    (lambda ratio, advantage, gamma: ratio, "setting gamma of mine needs a number as its default"),
+    (lambda ratio, advantage, mode="x": ratio, "setting mode of mine needs a number"),
+    (lambda ratio, advantage, alpha=0.3: ratio, "two settings are named --alpha; rename the one"),
+    (lambda ratio, advantage, seed=3: ratio, "two settings are named --seed; rename"),
+    (lambda ratio: ratio, "--objective mine: .*takes 1 positional argument but 2 were given"),
+    (lambda ratio, advantage: (ratio * advantage).mean(), "expected a number for each ratio"),
+    (lambda ratio, advantage: ratio.detach(), "expected a number for each .* with a gradient")])
+def test_a_mistake_in_a_new_objective_is_named(objective, message, monkeypatch, capsys):
+    monkeypatch.setitem(OBJECTIVES, "mine", objective)
+    with pytest.raises(SystemExit) as stop:
+        train.read_settings(["--model", "tiny", "--objective", "mine"])
+    assert re.search(message, capsys.readouterr().err + str(stop.value.code))
+
+
+def test_a_run_without_a_test_names_no_problems_that_it_trained_on(capsys):
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--data", "mine.jsonl", "--steps", "1", "--test-problems", "0")
+    assert "runs/tiny-pspo-s0/best --data OTHER_PROBLEMS.jsonl" in capsys.readouterr().out
+
+
+def test_settings_are_shown_whether_the_run_is_there_or_not():
+    Path("runs/tiny-pspo-s0").mkdir(parents=True)
+    Path("runs/tiny-pspo-s0/config.json").touch()
+    done = subprocess.run([sys.executable, "-m", "plumbing.settings", "--model", "tiny", "--alpha",
+                           "0.25"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert "--alpha                    0.25\n" in done.stdout, done.stderr
 
 
 def test_a_run_folder_that_exists_is_refused(capsys):
