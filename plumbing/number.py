@@ -310,7 +310,8 @@ def last_phrase(line, to_end=False):
     """The last number of a line and what belongs to it, from the words before to the first word
     behind, or to_end: "it is 3 + 18 cm^2 in all" gives " 3 + 18 cm^2". None without a number."""
     words = start = 0  # where the words before end; where the number begins
-    phrase = stop = number = before = None
+    phrase = stop = None  # where what is returned begins and ends
+    number = before = None  # the last number; the kind of the token before
     equals = dash = False  # whether a = stands before: behind it a minus sign is no dash
     for token in TOKEN.finditer(line):
         kind, text = token.lastgroup, token[0]
