@@ -142,7 +142,9 @@ def read_settings(argv, begins=True):
     if args.name == "":
         parser.error("--name is empty; expected a folder name, made under runs/")
     short = args.model.rstrip("/").split("/")[-1]
-    args.name = args.name or f"{short}-{args.objective}-s{args.seed}"
+    own = "".join(f"-{key}{getattr(args, key):g}" for key, default in objective_settings(
+        args.objective).items() if getattr(args, key) != default)
+    args.name = args.name or f"{short}-{args.objective}{own}-s{args.seed}"
     folder = Path("runs") / args.name
     if args.name in (".", "..") or Path(args.name).name != args.name:
         parser.error(f"--name is {args.name!r}; expected a plain folder name, made under runs/")

@@ -716,6 +716,15 @@ def test_settings_are_shown_whether_the_run_is_there_or_not():
     assert "--alpha                    0.25\n" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("flags, name", [
+    (["--alpha", "0.1"], "tiny-pspo-s0"), (["--alpha", "0"], "tiny-pspo-alpha0-s0"),
+    (["--objective", "clip", "--epsilon-high", "0.28", "--seed", "3"],
+     "tiny-clip-epsilon_high0.28-s3"), (["--alpha", "0", "--name", "control"], "control")])
+def test_runs_with_other_settings_of_the_objective_have_other_names(flags, name):
+    s, folder = train.read_settings(["--model", "tiny", *flags])
+    assert (s.name, folder) == (name, Path("runs") / name)
+
+
 def test_a_run_folder_that_exists_is_refused(capsys):
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/thesis.tex").touch()
