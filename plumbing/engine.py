@@ -90,8 +90,8 @@ class CachedAttention:
         self.row_S[seat_R[row_n]] = row_n
 
     def look_at(self, seat_R, t_R, n_own):
-        """Before each step: t_R tokens of a row are cached; n_own: more than any
-        running row has."""
+        """Before each step: t_R tokens of a row are cached, in each running row fewer than n_own.
+        """
         self.t_R, self.n_own = t_R, n_own
         self.row_R = torch.arange(len(t_R), device=t_R.device)
         K, G, P = self.own_k[0].shape[1], self.G, self.n_prompts

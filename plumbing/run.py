@@ -435,11 +435,10 @@ def explained(run, args):
         reason = in_words(e, args)
         if reason is None:  # a mistake in the code: its traceback says more
             raise
+        way = f"go on with --resume --name {shlex.quote(args.name)}"
         if isinstance(e, FloatingPointError):
             chosen = prompt_order(len(run.problems), args.prompts_per_step, run.step + 1, args.seed)
             reason += f"; prompts {[run.problems[i].id for i in chosen]}"
-        way = f"go on with --resume --name {shlex.quote(args.name)}"
-        if isinstance(e, FloatingPointError):
             way = "it leads there again; start a new run with another --name"
         sys.exit(f"error: step {run.step + 1}: {reason}\nlast checkpoint: "
                  f"{run.checkpoint or 'none yet'}; {way}")

@@ -708,8 +708,8 @@ def test_a_run_without_a_test_names_no_problems_that_it_trained_on(capsys):
 
 
 def test_settings_are_shown_whether_the_run_is_there_or_not():
-    Path("runs/tiny-pspo-s0").mkdir(parents=True)
-    Path("runs/tiny-pspo-s0/config.json").touch()
+    Path("runs/tiny-pspo-alpha0.25-s0").mkdir(parents=True)
+    Path("runs/tiny-pspo-alpha0.25-s0/config.json").touch()
     done = subprocess.run([sys.executable, "-m", "plumbing.settings", "--model", "tiny", "--alpha",
                            "0.25"], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
